@@ -1,0 +1,183 @@
+"""The embedded source: first paragraphs of installed docstrings, the label being the library they come from.
+
+Six classes: the standard library, numpy, scipy, scikit-learn, torch and transformers, read with `ast` and
+never imported. A text is the first paragraph of a module's, class's or function's docstring on one line, 20
+to 200 characters long. Dropped are texts that give the label away by naming a library (any of the six, its
+import name or usual alias, its publisher; "Python" stands for the standard library), field headings and
+doctests, every repetition within a library, and both sides of a text found in two. Test code is not read.
+
+Files are read in an order fixed by a hash of their path until a class has `SURPLUS` texts, and `CAP` of
+them are drawn with a fixed seed: the pool depends on the installed versions alone, and is cached as JSON
+under them.
+"""
+
+import ast
+import gc
+import hashlib
+import importlib.util
+import json
+import os
+import platform
+import random
+import re
+import sysconfig
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+
+import pyarrow as pa
+
+from fedtri.data.pool import Source
+from fedtri.errors import FedtriError
+
+RECIPE = 1  # part of the cache's key: raise it whenever the rules below change
+CAP = 1200
+SURPLUS = CAP * 3 // 2
+STDLIB = "python"
+DISTRIBUTIONS = {
+    "numpy": "numpy",
+    "scikit-learn": "sklearn",
+    "scipy": "scipy",
+    "torch": "torch",
+    "transformers": "transformers",
+}
+LIBRARIES = (STDLIB, *DISTRIBUTIONS)
+UNREAD = {"test", "tests", "testing", "idle_test", "site-packages", "dist-packages"}
+NAMES = re.compile(
+    r"python|numpy|\bnp\.|scipy|scikit|sklearn|torch|transformers|hugging ?face|standard library|stdlib",
+    re.IGNORECASE,
+)
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+def load() -> Source:
+    """The texts, from the cache or else from the sources; raises FedtriError where a library is missing."""
+    path = cache_path(installed())
+    texts = read_cache(path)
+    if texts is None:
+        with no_collector():
+            texts = collect({library: root(library) for library in LIBRARIES})
+        write_cache(path, texts)
+    rows = [(text, library) for library in LIBRARIES for text in texts[library]]
+    table = pa.table({"text": [text for text, _ in rows], "label": [library for _, library in rows]})
+    return Source("docstrings", "docstrings", table, ("text",), "label", {name: name for name in LIBRARIES})
+
+
+@contextmanager
+def no_collector() -> Iterator[None]:
+    """Syntax trees hold no cycles, yet keep the garbage collector walking: half of the time, measured."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def installed() -> dict[str, str]:
+    """The version of each library; raises FedtriError naming one that is missing."""
+    found = {STDLIB: platform.python_version()}
+    for distribution in DISTRIBUTIONS:
+        try:
+            found[distribution] = metadata.version(distribution)
+        except metadata.PackageNotFoundError:
+            raise FedtriError(
+                f'data "docstrings": {distribution} is not installed, expected all of '
+                f"{', '.join(DISTRIBUTIONS)}; install it or name another source"
+            ) from None
+    return found
+
+
+def root(library: str) -> Path:
+    """The folder of a library's sources, found without importing it."""
+    if library == STDLIB:
+        return Path(sysconfig.get_path("stdlib"))
+    spec = importlib.util.find_spec(DISTRIBUTIONS[library])
+    if spec is None or spec.origin is None:
+        raise FedtriError(f'data "docstrings": the sources of {library} were not found; reinstall it')
+    return Path(spec.origin).parent
+
+
+def collect(roots: Mapping[str, Path]) -> dict[str, list[str]]:
+    """At most `CAP` texts of every library, none of them in two libraries."""
+    found = {library: texts_of(folder) for library, folder in roots.items()}
+    seen = Counter(text.casefold() for texts in found.values() for text in texts)
+    chosen = {}
+    for library, texts in found.items():
+        own = sorted(text for text in texts if seen[text.casefold()] == 1)
+        chosen[library] = random.Random(0).sample(own, min(CAP, len(own)))
+    return chosen
+
+
+def texts_of(folder: Path) -> list[str]:
+    """Up to `SURPLUS` usable texts under a folder, each once."""
+    files = [file.relative_to(folder) for file in folder.rglob("*.py")]
+    files = [file for file in files if UNREAD.isdisjoint(file.parts)]
+    texts: dict[str, str] = {}
+    for file in sorted(files, key=lambda file: hashlib.sha256(file.as_posix().encode()).digest()):
+        for text in paragraphs(folder / file):
+            if usable(text):
+                texts.setdefault(text.casefold(), text)
+        if len(texts) >= SURPLUS:
+            break
+    return list(texts.values())
+
+
+def usable(text: str) -> bool:
+    """Of the right length, prose, and silent about where it comes from."""
+    heading_or_doctest = text.endswith(":") or ">>>" in text
+    return 20 <= len(text) <= 200 and text.isprintable() and not heading_or_doctest and not NAMES.search(text)
+
+
+def paragraphs(file: Path) -> Iterator[str]:
+    """The first paragraph of every docstring in a file, on one line; none where Python cannot parse it."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # invalid escapes in other people's strings
+            pending: list[ast.AST] = [ast.parse(file.read_bytes())]
+    except (SyntaxError, ValueError, OSError, RecursionError):
+        return
+    while pending:
+        node = pending.pop()
+        if isinstance(node, DOCUMENTED):
+            docstring = ast.get_docstring(node, clean=False) or ""
+            yield " ".join(re.split(r"\n\s*\n", docstring.strip(), maxsplit=1)[0].split())
+            pending.extend(node.body)  # expressions hold no docstrings: walking them all takes half the time
+
+
+def cache_path(versions: Mapping[str, str]) -> Path:
+    """Where the texts of these versions are kept."""
+    key = hashlib.sha256(json.dumps([RECIPE, sorted(versions.items())]).encode()).hexdigest()[:16]
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(home) / "fedtri" / f"docstrings-{key}.json"
+
+
+def read_cache(path: Path) -> dict[str, list[str]] | None:
+    """The cached texts, or None when there are none or what is there is damaged."""
+    try:
+        cached = json.loads(path.read_bytes())
+        texts = {library: cached["texts"][library] for library in LIBRARIES}
+        digest = cached["digest"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return texts if digest == digest_of(texts) else None
+
+
+def write_cache(path: Path, texts: Mapping[str, list[str]]) -> None:
+    """Keep the texts for the next run, all or nothing; a place that cannot be written is no error."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False) as file:
+            json.dump({"digest": digest_of(texts), "texts": texts}, file)
+        os.replace(file.name, path)
+    except OSError:
+        return
+
+
+def digest_of(texts: Mapping[str, list[str]]) -> str:
+    """Tells a damaged cache from a whole one."""
+    return hashlib.sha256(json.dumps(texts, sort_keys=True).encode()).hexdigest()

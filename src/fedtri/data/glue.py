@@ -1,0 +1,54 @@
+"""GLUE tasks (arXiv:1804.07461) in GLUE's own layout: a folder with train.tsv and dev.tsv, never quoted.
+
+A task is recognised by the header of its files, so a folder may have any name: SST-2, MRPC, RTE, QNLI, and
+CoLA, whose files have four fields and no header. The pool is train.tsv, or dev.tsv where there is no
+train.tsv; to take the other one, name the file itself. test.tsv has no labels and is never read.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedtri.data import tables
+from fedtri.data.pool import Source
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which columns of a task matter; `label_names` where its files hold numbers."""
+
+    text_columns: tuple[str, ...]
+    label_names: Mapping[Any, str] | None = None
+    names: tuple[str, ...] | None = None
+    """The names of the columns where the files have none."""
+    label_column: str = "label"
+
+
+ENTAILMENT = {"entailment": "entailment", "not_entailment": "not_entailment"}
+HEADERS = {
+    "sentence\tlabel": Layout(("sentence",), {"0": "negative", "1": "positive"}),
+    "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String": Layout(
+        ("#1 String", "#2 String"), {"0": "not_equivalent", "1": "equivalent"}, label_column="Quality"
+    ),
+    "index\tsentence1\tsentence2\tlabel": Layout(("sentence1", "sentence2"), ENTAILMENT),
+    "index\tquestion\tsentence\tlabel": Layout(("question", "sentence"), ENTAILMENT),
+}
+COLA = Layout(("sentence",), {"0": "unacceptable", "1": "acceptable"}, ("source", "label", "judgement", "sentence"))
+COLA_LINE = re.compile(r"[^\t]+\t[01]\t\*?\t[^\t]+")
+
+
+def find(path: Path) -> Source | None:
+    """The task in a folder, or in one of its files; None where it is something else."""
+    file = path
+    if path.is_dir():
+        file = path / ("train.tsv" if (path / "train.tsv").is_file() else "dev.tsv")
+    elif path.name not in ("train.tsv", "dev.tsv"):
+        return None
+    line = tables.first_line(file)
+    layout = COLA if COLA_LINE.fullmatch(line) else HEADERS.get(line)
+    if layout is None:
+        return None
+    table = tables.delimited(file, "\t", quoted=False, names=layout.names)
+    return Source(file.parent.name, str(file), table, layout.text_columns, layout.label_column, layout.label_names)

@@ -1,0 +1,52 @@
+"""Anything `datasets.load_dataset` takes: a local folder, or a hub data set's "name" or "name:config".
+
+The pool is the split "train", or the first one where there is none.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import datasets
+import huggingface_hub
+from datasets.exceptions import DatasetsError
+
+from fedtri.data.pool import Source
+from fedtri.errors import FedtriError
+
+
+def load(data: str, *, text_columns: Sequence[str] = (), label_column: str | None = None) -> Source:
+    """The data set, downloaded unless it is local or cached; a ClassLabel keeps its names."""
+    name, _, config = (data, "", "") if Path(data).exists() else data.partition(":")
+    try:
+        with quiet():
+            splits = datasets.load_dataset(name, config or None)
+    except (DatasetsError, OSError, ValueError, RuntimeError) as error:
+        kinds = 'neither "docstrings" nor a file' + ("" if Path(data).exists() else " or folder")
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise FedtriError(f'data "{data}": {kinds}, and datasets.load_dataset cannot read it: {reason}') from error
+    table = splits["train" if "train" in splits else min(splits)]
+    feature = table.features.get(label_column or "label")
+    names: Mapping[Any, str] | None = (
+        dict(enumerate(feature.names)) if isinstance(feature, datasets.ClassLabel) else None
+    )
+    arrow = table.with_format("arrow")[:]
+    return Source(Path(name).name, data, arrow, text_columns, label_column, names)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars and no notes from `datasets` and the hub: the display belongs to the run."""
+    bars = not datasets.are_progress_bars_disabled()
+    levels = {library: library.get_verbosity() for library in (datasets.logging, huggingface_hub.logging)}
+    datasets.disable_progress_bars()
+    for library in levels:
+        library.set_verbosity_error()
+    try:
+        yield
+    finally:
+        for library, level in levels.items():
+            library.set_verbosity(level)
+        if bars:
+            datasets.enable_progress_bars()

@@ -1,0 +1,144 @@
+"""The round loop: sketch newcomers, train, aggregate, deliver and evaluate; one line and one checkpoint a round."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fedtri import server
+from fedtri.types import Answer, Method, Phase, ServerState, Transport
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long a federation runs and who takes part."""
+
+    rounds: int
+    fraction: float = 1.0
+    seed: int = 0
+    evaluate: bool = True
+    patience: int | None = None
+    """Stop when the mean validation loss has not improved for this many rounds."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One finished round: its number from 1, its line for rounds.jsonl, and the server's state after it."""
+
+    round: int
+    line: Mapping[str, Any]
+    state: ServerState
+    last: bool
+
+
+def run(
+    method: Method,
+    transport: Transport,
+    expected: server.Expectation,
+    schedule: Schedule,
+    *,
+    state: ServerState | None = None,
+    history: Sequence[Mapping[str, Any]] = (),
+    on_phase: Callable[[int, Phase, Sequence[str]], None] = lambda round, phase, clients: None,
+) -> Iterator[Progress]:
+    """Run the rounds that are left after `state`; `history` holds the lines of the rounds before it."""
+    state = state or ServerState()
+    clients = transport.clients()
+    lines = list(history)
+    while state.round < schedule.rounds and not _enough(lines, schedule.patience):
+        record = _Round(method, transport, on_phase, state.round)
+        chosen = server.sample(clients, schedule.fraction, state.round, schedule.seed)
+        if method.needs_sketch and (new := [c for c in chosen if c not in state.sketches]):
+            state = server.sketched(method, state, [a.reply for a in record.ask(state, new, "sketch")])
+        trained = record.ask(state, chosen, "train")
+        state = server.delivered(state, chosen)
+        began = time.perf_counter()
+        replies, refused = server.accept([a.reply for a in trained], method.plan(state.round).up, expected)
+        state = server.server_step(method, state, replies)
+        record.seconds["aggregate"] += time.perf_counter() - began
+        last = state.round >= schedule.rounds
+        after: list[Answer] = []
+        if schedule.evaluate or last:
+            after = record.ask(state, clients if last else chosen, "evaluate")
+            state = server.delivered(state, [a.reply.client for a in after])
+        line = record.line(chosen, trained, after, refused)
+        if not last and _enough([*lines, line], schedule.patience) and len(chosen) < len(clients):
+            rest = record.ask(state, sorted(set(clients) - set(chosen)), "evaluate")
+            state = server.delivered(state, [a.reply.client for a in rest])
+            line = record.line(chosen, trained, after + rest, refused)
+        lines.append(line)
+        yield Progress(state.round, line, state, last or _enough(lines, schedule.patience))
+
+
+class _Round:
+    """One round's exchanges, with their bytes and seconds."""
+
+    def __init__(
+        self,
+        method: Method,
+        transport: Transport,
+        on_phase: Callable[[int, Phase, Sequence[str]], None],
+        round: int,
+    ) -> None:
+        self.method, self.transport, self.on_phase, self.round = method, transport, on_phase, round
+        self.up: dict[str, int] = {}
+        self.down: dict[str, int] = {}
+        self.sketch: dict[str, int] = {}
+        self.seconds = {"sketch": 0.0, "train": 0.0, "aggregate": 0.0, "evaluate": 0.0}
+
+    def ask(self, state: ServerState, clients: Sequence[str], phase: Phase) -> list[Answer]:
+        self.on_phase(self.round, phase, clients)
+        began = time.perf_counter()
+        answers = self.transport.exchange(server.tasks(self.method, state, clients, state.round, phase))
+        self.seconds[phase] += time.perf_counter() - began
+        for answer in answers:
+            client = answer.reply.client
+            up = self.sketch if phase == "sketch" else self.up
+            up[client] = up.get(client, 0) + answer.up
+            self.down[client] = self.down.get(client, 0) + answer.down
+        return sorted(answers, key=lambda answer: answer.reply.client)
+
+    def line(
+        self,
+        chosen: Sequence[str],
+        trained: Sequence[Answer],
+        after: Sequence[Answer],
+        refused: Sequence[str],
+    ) -> dict[str, Any]:
+        train_loss = {a.reply.client: a.reply.metrics["train_loss"] for a in trained}
+        line: dict[str, Any] = {
+            "round": self.round + 1,
+            "clients": list(chosen),
+            "loss": sum(train_loss.values()) / len(train_loss),
+            "accuracy": spread(metric(after, "accuracy")),
+            "accuracy_local": spread(metric(trained, "accuracy")),
+            "test_loss": spread(metric(after, "loss"), higher_is_better=False),
+            "test_loss_local": spread(metric(trained, "loss"), higher_is_better=False),
+            "bytes": {"up": self.up, "down": self.down, **({"sketch": self.sketch} if self.sketch else {})},
+            "seconds": {name: round(value, 4) for name, value in self.seconds.items()},
+        }
+        if validation := metric(after, "validation_loss"):
+            line["validation_loss"] = sum(validation.values()) / len(validation)
+        if refused:
+            line["refused"] = list(refused)
+        return line
+
+
+def metric(answers: Sequence[Answer], name: str) -> dict[str, float]:
+    """This metric of each client that reported it."""
+    return {a.reply.client: a.reply.metrics[name] for a in answers if name in a.reply.metrics}
+
+
+def spread(values: Mapping[str, float], higher_is_better: bool = True) -> dict[str, Any] | None:
+    """Mean, worst, best, and each client's value; None where nobody reported."""
+    if not values:
+        return None
+    low, high = min(values.values()), max(values.values())
+    worst, best = (low, high) if higher_is_better else (high, low)
+    return {"mean": sum(values.values()) / len(values), "worst": worst, "best": best, "clients": dict(values)}
+
+
+def _enough(lines: Sequence[Mapping[str, Any]], patience: int | None) -> bool:
+    """Whether the best validation loss lies `patience` rounds back."""
+    losses = [line["validation_loss"] for line in lines if "validation_loss" in line]
+    return patience is not None and len(losses) > patience and min(losses[:-patience]) <= min(losses[-patience:])

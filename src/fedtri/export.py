@@ -1,0 +1,117 @@
+"""Ordinary PEFT LoRA adapters in and out: B·C is folded into B, so that any tool that reads LoRA can serve them."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from fedtri.adapter import Cohort, TriLinear, effective_update
+from fedtri.errors import FedtriError
+from fedtri.models import Conv1D
+from fedtri.types import Factors, Key, Layout
+
+PREFIX = "base_model.model."
+
+
+def write_peft(
+    folder: Path,
+    factors: Factors,
+    cohort: Cohort,
+    *,
+    alpha: float,
+    base_model: str,
+    task_type: str = "SEQ_CLS",
+) -> None:
+    """Write adapter_config.json and adapter_model.safetensors of a plain LoRA with B·C as lora_B.
+
+    The folder is made whole or not at all; one that exists is not touched (FedtriError).
+    """
+    from peft import LoraConfig
+
+    layout = cohort.layout
+    if folder.exists() and any(folder.iterdir()):
+        raise FedtriError(f"{folder}: exists already and is not empty; choose another folder")
+    rank = next(value.shape[0] for key, value in factors.items() if key.factor == "A")
+    tensors: dict[str, Tensor] = {}
+    for layer in layout.layers:
+        A, C, B = (factors[Key(layer.name, f)] for f in "ACB")
+        tensors[f"{PREFIX}{layer.name}.lora_A.weight"] = A.contiguous()
+        tensors[f"{PREFIX}{layer.name}.lora_B.weight"] = (B @ C).contiguous()
+    for name, _ in layout.head:
+        tensors[f"{PREFIX}{name}"] = factors[Key(name, "H")].contiguous()
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=int(alpha) if alpha == int(alpha) else alpha,  # pyright: ignore[reportArgumentType]
+        target_modules=_target_modules(cohort),
+        modules_to_save=sorted({name.split(".")[0] for name, _ in layout.head}) or None,
+        fan_in_fan_out=isinstance(cohort.layer(layout.layers[0].name).base, Conv1D),
+        task_type=task_type,
+        base_model_name_or_path=base_model,
+        inference_mode=True,
+    )
+    part = folder.with_name(f".{folder.name}.part")
+    part.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(str(part))
+    safetensors.torch.save_file(tensors, part / "adapter_model.safetensors", metadata={"format": "pt"})
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part.replace(folder)
+
+
+def read_peft(folder: str | Path, layout: Layout, rank: int, alpha: float) -> dict[Key, Tensor]:
+    """A and B of an existing PEFT LoRA adapter, B rescaled so that ΔW is the same under this run's alpha.
+
+    Raises FedtriError where the folder is no LoRA adapter, has another rank, or lacks one of the layers.
+    """
+    folder = Path(folder)
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text())
+        tensors = safetensors.torch.load_file(folder / "adapter_model.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise FedtriError(f"init_adapter: {folder} is not a PEFT adapter folder with safetensors: {error}") from None
+    if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("r") != rank:
+        raise FedtriError(
+            f"init_adapter: {folder}: expected plain LoRA of rank {rank}, got {config.get('peft_type')} "
+            f"of rank {config.get('r')}; set rank to the adapter's"
+        )
+    scale = config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
+    found: dict[Key, Tensor] = {}
+    for layer in layout.layers:
+        names = [f"{PREFIX}{layer.name}.lora_{f}.weight" for f in "AB"]
+        if missing := [name for name in names if name not in tensors]:
+            raise FedtriError(f"init_adapter: {folder} has no {missing[0]}; choose targets that the adapter has")
+        A, B = (tensors[name].float() for name in names)
+        if A.shape != (rank, layer.d_in) or B.shape != (layer.d_out, rank):
+            raise FedtriError(
+                f"init_adapter: {folder}: {layer.name} has shapes {tuple(A.shape)}, {tuple(B.shape)}; another model?"
+            )
+        found |= {Key(layer.name, "A"): A, Key(layer.name, "B"): B * (scale / (alpha / rank))}
+    return found
+
+
+def merge(model: nn.Module, factors: Mapping[Key, Tensor], layout: Layout, scale: float) -> nn.Module:
+    """The plain model with s·B·C·A added to its weights and the client's head in place (changed in place)."""
+    with torch.no_grad():
+        for layer in layout.layers:
+            base = model.get_submodule(layer.name)
+            update = effective_update(factors, layer.name, scale)
+            weight = base.weight
+            assert isinstance(weight, Tensor)
+            weight += (update.mT if isinstance(base, Conv1D) else update).to(weight)
+        for name, _ in layout.head:
+            model.get_parameter(name).copy_(factors[Key(name, "H")])
+    return model
+
+
+def _target_modules(cohort: Cohort) -> list[str]:
+    """The last parts of the layers' names, as serving engines expect; whole names where these match more layers."""
+    adapted = {layer.name for layer in cohort.layout.layers}
+    suffixes = {name.rsplit(".", 1)[-1] for name in adapted}
+    matched = {
+        name for name, module in cohort.model.named_modules()
+        if name.rsplit(".", 1)[-1] in suffixes and isinstance(module, nn.Linear | Conv1D | TriLinear)
+    }  # fmt: skip
+    return sorted(suffixes if matched == adapted else adapted)

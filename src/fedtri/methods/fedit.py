@@ -1,0 +1,19 @@
+"""FedIT (also FedPETuning's LoRA): clients get back the weighted means of A and of B. arXiv:2305.05644.
+
+The mean of the factors is not the mean of the products: Σ p_k B_k A_k ≠ (Σ p_k B_k)(Σ p_k A_k).
+"""
+
+from collections.abc import Sequence
+
+from fedtri import combine
+from fedtri.types import Method, Plan, Reply, ServerState
+
+
+def fedit() -> Method:
+    """Learns, sends and receives A, B and H."""
+    plan = Plan.of(train="ABH", up="ABH", down="ABH")
+
+    def aggregate(state: ServerState, replies: Sequence[Reply]) -> ServerState:
+        return combine.share(state, combine.mean(replies, frozenset("AB")))
+
+    return Method("fedit", "arXiv:2305.05644", lambda _: plan, aggregate)

@@ -1,0 +1,8 @@
+"""Local: every client trains alone and nothing travels; the floor a federation has to beat."""
+
+from fedtri.types import Method, Plan
+
+
+def local() -> Method:
+    """Learns A, B and H; sends and receives nothing."""
+    return Method("local", "", lambda _: Plan.of(train="ABH"), lambda state, replies: state)

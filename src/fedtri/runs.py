@@ -1,0 +1,154 @@
+"""Running a configuration in a run directory, resuming it, and what a finished run leaves behind."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedtri import checkpoint, engine, rundir
+from fedtri import config as configuration
+from fedtri.config import Config
+from fedtri.errors import FedtriError
+from fedtri.export import write_peft
+from fedtri.federation import Federation, build
+from fedtri.models import locate
+from fedtri.store import ClientStore
+from fedtri.types import Phase, ServerState, only
+from fedtri.wire import payload_bytes
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One finished round: the run's folder, the round's number from 1, its line of rounds.jsonl, the server's state."""
+
+    folder: Path
+    round: int
+    line: Mapping[str, Any]
+    state: ServerState
+
+
+@dataclass(frozen=True)
+class Listener:
+    """What a caller may hear of while a round runs."""
+
+    on_phase: Callable[[int, Phase, Sequence[str]], None] = lambda round, phase, clients: None
+    on_step: Callable[[int, float], None] = lambda step, loss: None
+
+
+def run(config: Config, listener: Listener = Listener()) -> Iterator[Progress]:
+    """Run a configuration in a new run directory; yields after every round."""
+    folder = rundir.create(config.out, config.method)
+    config = config.model_copy(update={"out": str(folder)})
+    with rundir.locked(folder):
+        federation = build(config, ClientStore(folder / "clients"))
+        rundir.write_text(folder / "config.toml", configuration.dumps(config))
+        threads = torch.get_num_threads()
+        device = str(next(federation.site.cohort.model.parameters()).device)
+        rundir.write_json(folder / "labels.json", federation.label_names)
+        rundir.write_json(folder / "environment.json", rundir.environment(device, config.seed, threads))
+        yield from _rounds(folder, federation, None, [], listener)
+
+
+def resume(folder: Path, listener: Listener = Listener()) -> Iterator[Progress]:
+    """Go on with an interrupted run from its last whole checkpoint; the result is that of a run never stopped."""
+    rundir.require(folder)
+    with rundir.locked(folder):
+        config = configuration.load(folder / "config.toml").model_copy(update={"out": str(folder)})
+        found = checkpoint.load(folder / "checkpoints", folder / "clients")
+        if found is not None and (folder / "summary.json").exists():
+            raise FedtriError(f"{folder}: the run is finished; see {folder / 'summary.json'}")
+        store = ClientStore(folder / "clients", found.clients if found else None)
+        federation = build(config, store)
+        done = found.state.round if found else 0
+        lines = [line for line in rundir.read_rounds(folder) if line["round"] < done]
+        if found is not None:
+            lines.append(dict(found.line))
+        rundir.write_rounds(folder, lines)
+        yield from _rounds(folder, federation, found, lines, listener)
+
+
+def _rounds(
+    folder: Path,
+    federation: Federation,
+    found: checkpoint.Checkpoint | None,
+    lines: list[dict[str, Any]],
+    listener: Listener,
+) -> Iterator[Progress]:
+    federation.transport.site = site = replace(federation.site, on_step=listener.on_step)
+    for progress in engine.run(
+        federation.method, federation.transport, federation.expected, federation.schedule,
+        state=found.state if found else None, history=lines, on_phase=listener.on_phase,
+    ):  # fmt: skip
+        checkpoint.save(folder / "checkpoints", progress.state, site.store, progress.line)
+        rundir.append_round(folder, progress.line)
+        lines.append(dict(progress.line))
+        yield Progress(folder, progress.round, progress.line, progress.state)
+    export_all(folder, federation)
+    rundir.write_json(folder / "summary.json", summarise(federation, lines))
+
+
+def export_all(folder: Path, federation: Federation) -> None:
+    """Every client's adapter in PEFT format under adapters/; those already there are left as they are."""
+    for client in federation.transport.clients():
+        target = folder / "adapters" / client
+        if not target.exists():
+            export_client(target, federation, client)
+
+
+def export_client(target: Path, federation: Federation, client: str) -> None:
+    """One client's adapter, as kept on its own disk, in PEFT format."""
+    site = federation.site
+    write_peft(
+        target, site.store.load(client) or site.initial(client), site.cohort, alpha=site.alpha,
+        base_model=locate(federation.config.model),
+    )  # fmt: skip
+
+
+def summarise(federation: Federation, lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """summary.json: the result, what it cost in bytes and seconds, and who the clients are."""
+    config, site = federation.config, federation.site
+    after, local = latest(lines, "accuracy"), latest(lines, "accuracy_local")
+    # a client that joins late is sent its first downlink with its task, so only settled rounds are typical
+    ups = [n for line in lines for n in line["bytes"]["up"].values()]
+    downs = [n for line in lines for c, n in line["bytes"]["down"].items() if c in line["clients"]]
+    sketches = [n for line in lines for n in line["bytes"].get("sketch", {}).values()]
+    any_client = federation.transport.clients()[0]
+    payload = payload_bytes(only(site.initial(any_client), federation.method.plan(0).up), config.wire.dtype)
+    clients = federation.describe_clients()
+    return {
+        "method": config.method,
+        "model": config.model,
+        "data": config.data,
+        "partition": config.partition,
+        "rounds": len(lines),
+        "clients": len(clients),
+        "accuracy": after and engine.spread(after),
+        "accuracy_local": local and engine.spread(local),
+        "guess": sum(float(str(c["guess"])) for c in clients.values()) / len(clients),
+        "bytes": {
+            "up_per_client_round": round(sum(ups) / len(ups)),
+            "down_per_client_round": round(sum(downs) / len(downs)),
+            "payload_up_per_client_round": payload,
+            "sketch_per_client": round(sum(sketches) / len(sketches)) if sketches else 0,
+            "total": sum(ups) + sum(n for line in lines for n in line["bytes"]["down"].values()) + sum(sketches),
+        },
+        "seconds": {
+            "total": round(sum(sum(line["seconds"].values()) for line in lines), 3),
+            **{
+                phase: round(sum(line["seconds"].get(phase, 0.0) for line in lines), 3)
+                for phase in ("sketch", "train", "aggregate", "evaluate")
+            },
+        },
+        "labels": list(federation.label_names),
+        "client_table": clients,
+    }
+
+
+def latest(lines: Sequence[Mapping[str, Any]], name: str) -> dict[str, float]:
+    """Each client's last known value of a metric."""
+    found: dict[str, float] = {}
+    for line in lines:
+        found |= (line.get(name) or {}).get("clients", {})
+    return found

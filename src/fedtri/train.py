@@ -1,0 +1,206 @@
+"""The local loop over a cohort: the clients' minibatches go through the frozen backbone together.
+
+Per step one minibatch a client; all are pooled, sorted by length, cut into micro-batches under a token budget and
+padded only to their own longest. A client's loss is the mean over its own minibatch, its gradient norm is clipped
+over its own factors, and its AdamW is its own: what it learns does not depend on who shares the pass.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers.optimization import get_scheduler
+
+from fedtri.adapter import Cohort
+from fedtri.tasks import Examples, LearningTask, Scores
+
+Rows = Int[np.ndarray, "rows"]
+
+
+@dataclass(frozen=True)
+class Optimization:
+    """How a client trains in one round: exactly one of steps and epochs; the schedule spans the round."""
+
+    steps: int | None = 10
+    epochs: float | None = None
+    batch_size: int = 16
+    learning_rate: float = 1e-3
+    schedule: str = "constant"
+    warmup: int = 0
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip: float | None = 1.0
+    proximal: float = 0.0
+    """μ of FedProx's μ/2 ‖θ − θ_received‖², over the factors that learn."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """One client's share of a cohort's pass: its slot, its training rows and its own seed."""
+
+    slot: int
+    rows: Rows
+    seed: int
+
+
+def minibatches(work: Work, how: Optimization) -> Iterator[Rows]:
+    """A client's minibatches of one round: whole reshuffled epochs, cut at `steps` (or after `epochs`)."""
+    rng = np.random.default_rng(work.seed)
+    size = how.batch_size
+    per_epoch = -(-len(work.rows) // size)
+    total = how.steps if how.epochs is None else max(1, round(how.epochs * per_epoch))
+    assert total is not None
+    order = work.rows
+    for step in range(total):
+        if step % per_epoch == 0:
+            order = rng.permutation(work.rows)
+        start = step % per_epoch * size
+        yield order[start : start + size]
+
+
+def micro_batches(lengths: Rows, token_budget: int) -> Iterator[Rows]:
+    """Positions sorted by length, in runs whose padded size (count × longest) stays under the budget."""
+    order = np.argsort(lengths, kind="stable")
+    start = 0
+    for end in range(1, len(order) + 1):
+        if end == len(order) or (end + 1 - start) * lengths[order[end]] > token_budget:
+            yield order[start:end]
+            start = end
+
+
+def train(
+    cohort: Cohort,
+    task: LearningTask,
+    examples: Examples,
+    works: Sequence[Work],
+    how: Optimization,
+    kinds: frozenset[str],
+    *,
+    token_budget: int = 2048,
+    on_step: Callable[[int, float], None] = lambda step, loss: None,
+) -> dict[int, float]:
+    """Train every client of the cohort for one round; returns each slot's mean training loss over the round.
+
+    `on_step(step, loss)` hears of every step's mean loss over the clients that took it.
+    """
+    cohort.train_only(kinds)
+    learners = {work.slot: _Learner(cohort, work, how, kinds) for work in works}
+    step, totals = 0, {work.slot: (0.0, 0) for work in works}
+    while batches := {
+        slot: rows for slot, learner in learners.items() if (rows := next(learner.batches, None)) is not None
+    }:
+        for learner in learners.values():
+            learner.zero()
+        losses = _backward(cohort, task, examples, batches, token_budget)
+        for slot, loss in losses.items():
+            learners[slot].step()
+            totals[slot] = (totals[slot][0] + loss, totals[slot][1] + 1)
+        on_step(step := step + 1, sum(losses.values()) / len(losses))
+    cohort.train_only(frozenset())
+    return {slot: total / max(count, 1) for slot, (total, count) in totals.items()}
+
+
+def _backward(
+    cohort: Cohort, task: LearningTask, examples: Examples, batches: Mapping[int, Rows], token_budget: int
+) -> dict[int, float]:
+    """Accumulate each client's gradient of its own mean loss; returns these losses by slot."""
+    owners, rows = _pool(batches)
+    weights = {slot: 1.0 / max(int(examples.terms[own].sum()), 1) for slot, own in batches.items()}
+    weight = np.array([weights[slot] for slot in owners])
+    losses = np.zeros(len(rows))
+    for chosen, scores in _passes(cohort, task, examples, owners, rows, token_budget):
+        weighted = scores.loss * torch.as_tensor(weight[chosen]).to(scores.loss)
+        weighted.sum().backward()
+        losses[chosen] = weighted.detach().double().cpu().numpy()
+    return {slot: float(losses[owners == slot].sum()) for slot in batches}
+
+
+def evaluate(
+    cohort: Cohort,
+    task: LearningTask,
+    examples: Examples,
+    rows: Mapping[int, Rows],
+    *,
+    token_budget: int = 8192,
+) -> dict[int, dict[str, float]]:
+    """Each slot's mean loss and accuracy over its own rows, all slots in shared passes."""
+    owners, pooled = _pool(rows)
+    loss, correct = np.zeros(len(pooled)), np.zeros(len(pooled))
+    with torch.inference_mode():
+        for chosen, scores in _passes(cohort, task, examples, owners, pooled, token_budget):
+            loss[chosen] = scores.loss.double().cpu().numpy()
+            correct[chosen] = scores.correct.double().cpu().numpy()
+    terms = examples.terms[pooled]
+    result = {}
+    for slot in rows:
+        own = owners == slot
+        count = max(int(terms[own].sum()), 1)
+        result[slot] = {"loss": float(loss[own].sum() / count), "accuracy": float(correct[own].sum() / count)}
+    return result
+
+
+def features(
+    cohort: Cohort, task: LearningTask, examples: Examples, rows: Rows, *, token_budget: int = 8192
+) -> Float[np.ndarray, "rows d"]:
+    """The frozen, un-adapted backbone's feature of each row. The cohort's adapters are routed to an empty slot."""
+    found: list[tuple[Rows, np.ndarray]] = []
+    with torch.inference_mode():
+        for chosen in micro_batches(examples.lengths[rows], token_budget):
+            cohort.route(np.zeros(len(chosen), np.int64))
+            batch = _to_device(examples.batch(rows[chosen]), cohort)
+            found.append((chosen, task.features(cohort.model, batch).float().cpu().numpy()))
+    result = np.empty((len(rows), found[0][1].shape[1]), np.float32)
+    for chosen, values in found:
+        result[chosen] = values
+    return result
+
+
+def _pool(batches: Mapping[int, Rows]) -> tuple[Rows, Rows]:
+    """(owners, rows): every client's rows end to end, and whose each one is."""
+    owners = np.concatenate([np.full(len(own), slot, np.int64) for slot, own in batches.items()])
+    return owners, np.concatenate(list(batches.values())).astype(np.int64)
+
+
+def _passes(
+    cohort: Cohort, task: LearningTask, examples: Examples, owners: Rows, rows: Rows, token_budget: int
+) -> Iterator[tuple[Rows, Scores]]:
+    for chosen in micro_batches(examples.lengths[rows], token_budget):
+        cohort.route(owners[chosen])
+        yield chosen, task.scores(cohort.model, _to_device(examples.batch(rows[chosen]), cohort))
+
+
+def _to_device(batch: Mapping[str, Tensor], cohort: Cohort) -> dict[str, Tensor]:
+    device = next(cohort.model.parameters()).device
+    return {name: value.to(device) for name, value in batch.items()}
+
+
+class _Learner:
+    """One client's minibatches, optimiser and schedule over its slices of the stacked factors."""
+
+    def __init__(self, cohort: Cohort, work: Work, how: Optimization, kinds: frozenset[str]) -> None:
+        self.batches, self.how = minibatches(work, how), how
+        self.views = list(cohort.slices(work.slot, kinds).values())
+        self.anchor = [view.detach().clone() for view in self.views] if how.proximal else []
+        self.optimizer = torch.optim.AdamW(
+            self.views, lr=how.learning_rate, betas=how.betas, weight_decay=how.weight_decay, fused=True
+        )
+        total = sum(1 for _ in minibatches(work, how)) if how.schedule != "constant" else None
+        self.schedule = get_scheduler(how.schedule, self.optimizer, how.warmup, total)
+
+    def zero(self) -> None:
+        for view in self.views:
+            assert view.grad is not None
+            view.grad.zero_()
+
+    def step(self) -> None:
+        """Proximal pull, clip this client's gradient norm, one AdamW step."""
+        for view, anchor in zip(self.views, self.anchor, strict=False):
+            assert view.grad is not None
+            view.grad.add_(view.detach() - anchor, alpha=self.how.proximal)
+        if self.how.clip is not None:
+            torch.nn.utils.clip_grad_norm_(self.views, self.how.clip)
+        self.optimizer.step()
+        self.schedule.step()

@@ -1,0 +1,190 @@
+"""The nouns every other module speaks: factors, plans, tasks, replies, the server's state, methods, transports.
+
+An adapted linear layer computes y = W0 x + s · B C A x with A (r, d_in), C (r, r), B (d_out, r), s = alpha / r.
+A method decides which of these factors learn, which travel up, how the server combines them, and which come down.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
+from jaxtyping import Float, Int
+from torch import Tensor
+
+Factor = Literal["A", "C", "B", "H"]
+FACTORS: tuple[Factor, ...] = ("A", "C", "B", "H")
+
+
+class Key(NamedTuple):
+    """One tensor of one client: a layer (or a head parameter, for "H") and the factor."""
+
+    layer: str
+    factor: str
+
+
+Factors = Mapping[Key, Tensor]
+
+
+def only(factors: Factors, kinds: frozenset[str]) -> dict[Key, Tensor]:
+    """The tensors whose factor is one of `kinds`."""
+    return {key: value for key, value in factors.items() if key.factor in kinds}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What learns, what goes up and what comes down in one round.
+
+    Of `down`, a client is sent what changed since it was last sent anything: RoLoRA changes one factor a round.
+    """
+
+    train: frozenset[str]
+    up: frozenset[str]
+    down: frozenset[str]
+
+    @staticmethod
+    def of(train: str, up: str = "", down: str = "") -> "Plan":
+        """`Plan.of("ABH", up="A", down="A")`: one letter a factor."""
+        return Plan(frozenset(train), frozenset(up), frozenset(down))
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A Gaussian mixture with diagonal covariance."""
+
+    weights: Float[np.ndarray, "components"]
+    means: Float[np.ndarray, "components d"]
+    variances: Float[np.ndarray, "components d"]
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """What a client says about its data, once: class counts, and a mixture of features for each class large enough."""
+
+    counts: Int[np.ndarray, "classes"]
+    mixtures: Mapping[int, Mixture]
+
+
+Phase = Literal["sketch", "train", "evaluate"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the server asks of one client: a phase of a round, and the factors coming down with it.
+
+    Plan and seed do not travel: both ends derive them from the method, the run's seed, the round and the client.
+    """
+
+    phase: Phase
+    round: int
+    client: str
+    down: Factors
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a client answers: the factors going up, how many training examples it has, metrics, once a sketch."""
+
+    client: str
+    round: int
+    up: Factors
+    num_examples: int
+    metrics: Mapping[str, float]
+    sketch: Sketch | None = None
+
+
+@dataclass(frozen=True)
+class Layer:
+    """An adapted linear layer of the base model."""
+
+    name: str
+    d_in: int
+    d_out: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which tensors a client has and their shapes. Both ends derive it from model and config: no name travels."""
+
+    layers: tuple[Layer, ...]
+    head: tuple[tuple[str, tuple[int, ...]], ...]
+
+    def keys(self, kinds: frozenset[str]) -> list[Key]:
+        """All keys of the given factors, factor by factor, in the model's order: the order on the wire."""
+        found = [Key(layer.name, f) for f in FACTORS if f in kinds and f != "H" for layer in self.layers]
+        return found + [Key(name, "H") for name, _ in self.head if "H" in kinds]
+
+    def shapes(self, rank: int) -> dict[Key, tuple[int, ...]]:
+        """The shape of every tensor of a client of this rank."""
+        table: dict[Key, tuple[int, ...]] = {}
+        for name, d_in, d_out in ((la.name, la.d_in, la.d_out) for la in self.layers):
+            table[Key(name, "A")] = (rank, d_in)
+            table[Key(name, "C")] = (rank, rank)
+            table[Key(name, "B")] = (d_out, rank)
+        return table | {Key(name, "H"): shape for name, shape in self.head}
+
+
+@dataclass(frozen=True)
+class ServerState:
+    """All the server knows after `round` rounds; never mutated."""
+
+    round: int = 0
+    shared: Factors = field(default_factory=dict)
+    personal: Mapping[str, Factors] = field(default_factory=dict)
+    seen: Mapping[str, Factors] = field(default_factory=dict)
+    """The last uplink of each client, kept by methods that mix over everyone they have seen."""
+    sketches: Mapping[str, Sketch] = field(default_factory=dict)
+    data_distance: Float[np.ndarray, "k k"] = field(default_factory=lambda: np.zeros((0, 0)))
+    """Distances between the data of the clients in `sketches`, in that order."""
+    similarity: Mapping[str, Float[Tensor, "m m"]] = field(default_factory=dict)
+    """The last round's matrices ("data", "model", "weights") over sorted(seen), for the report."""
+    changed: Mapping[Key, int] = field(default_factory=dict)
+    """The round in which each shared tensor last changed."""
+    changed_personal: Mapping[str, int] = field(default_factory=dict)
+    delivered: Mapping[str, int] = field(default_factory=dict)
+    """The round up to which each client has been sent what is its own."""
+
+    def with_(self, **changes: object) -> "ServerState":
+        """A copy with some fields replaced."""
+        return replace(self, **changes)  # pyright: ignore[reportArgumentType]
+
+
+Aggregate = Callable[[ServerState, Sequence[Reply]], ServerState]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A federated method: what travels in each round and what the server makes of it."""
+
+    name: str
+    source: str
+    plan: Callable[[int], Plan]
+    aggregate: Aggregate
+    needs_sketch: bool = False
+    welcome: Callable[[ServerState], ServerState] = lambda state: state
+    """Called when sketches of newcomers have arrived: may give them a first personal factor."""
+    proximal: float = 0.0
+    """μ of a pull towards what was received, added to every local loss."""
+    basis: Literal["kaiming", "orthonormal"] = "kaiming"
+    """How the initial A (and, for "orthonormal", B) is drawn from the run's seed."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A reply as it came off the wire, with the bytes that were really encoded for it in both directions."""
+
+    reply: Reply
+    up: int
+    down: int
+
+
+class Transport(Protocol):
+    """Carries tasks to clients and replies back; both directions pass through the wire format."""
+
+    def clients(self) -> list[str]:
+        """The ids of the clients that can be asked, sorted."""
+        ...
+
+    def exchange(self, tasks: Sequence[Task]) -> list[Answer]:
+        """Ask every task's client; answers in any order."""
+        ...
