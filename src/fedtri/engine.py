@@ -9,6 +9,9 @@ from fedtri import server
 from fedtri.types import Answer, Method, Phase, ServerState, Transport
 
 
+LOGGED_CLIENTS = 100
+
+
 @dataclass(frozen=True)
 class Schedule:
     """How long a federation runs and who takes part."""
@@ -61,11 +64,11 @@ def run(
         if schedule.evaluate or last:
             after = record.ask(state, clients if last else chosen, "evaluate")
             state = server.delivered(state, [a.reply.client for a in after])
-        line = record.line(chosen, trained, after, refused)
+        line = record.line(chosen, trained, after, refused) | matrices(state)
         if not last and _enough([*lines, line], schedule.patience) and len(chosen) < len(clients):
             rest = record.ask(state, sorted(set(clients) - set(chosen)), "evaluate")
             state = server.delivered(state, [a.reply.client for a in rest])
-            line = record.line(chosen, trained, after + rest, refused)
+            line = record.line(chosen, trained, after + rest, refused) | matrices(state)
         lines.append(line)
         yield Progress(state.round, line, state, last or _enough(lines, schedule.patience))
 
@@ -136,6 +139,14 @@ def spread(values: Mapping[str, float], higher_is_better: bool = True) -> dict[s
     low, high = min(values.values()), max(values.values())
     worst, best = (low, high) if higher_is_better else (high, low)
     return {"mean": sum(values.values()) / len(values), "worst": worst, "best": best, "clients": dict(values)}
+
+
+def matrices(state: ServerState) -> dict[str, Any]:
+    """The similarity and mixing matrices of a round for its log line, up to 100 clients."""
+    if not state.similarity or len(state.seen) > LOGGED_CLIENTS:
+        return {}
+    rows = {name: [[round(x, 4) for x in row] for row in m.tolist()] for name, m in state.similarity.items()}
+    return {"similarity": {"clients": sorted(state.seen), **rows}}
 
 
 def _enough(lines: Sequence[Mapping[str, Any]], patience: int | None) -> bool:
