@@ -35,7 +35,7 @@ class Site:
     evaluate: bool = True
     validate: bool = False
     """Whether the validation split is scored too (early stopping needs it)."""
-    token_budget: int = 2048
+    token_budget: int = 1024
     on_step: Callable[[int, float], None] = lambda step, loss: None
 
 
@@ -59,7 +59,7 @@ def _sketch(site: Site, tasks: Sequence[Task]) -> list[Reply]:
         rows = site.splits[task.client].train
         labels = site.examples.labels
         found = sketch.fit(
-            train.features(site.cohort, site.task, site.examples, rows),
+            train.features(site.cohort, site.task, site.examples, rows, token_budget=site.token_budget),
             None if labels is None else labels[rows],
             classes=site.task.classes,
             seed=derive(site.seed, "sketch", task.client) % 2**32,
@@ -109,7 +109,7 @@ def _scores(site: Site, tasks: Sequence[Task]) -> dict[int, dict[str, float]]:
 
 
 def _on(site: Site, rows: Mapping[int, np.ndarray]) -> dict[int, dict[str, float]]:
-    return train.evaluate(site.cohort, site.task, site.examples, rows, token_budget=4 * site.token_budget)
+    return train.evaluate(site.cohort, site.task, site.examples, rows, token_budget=site.token_budget)
 
 
 def _reply(site: Site, task: Task, up: Factors, metrics: Mapping[str, float] | None = None, **more: object) -> Reply:

@@ -79,7 +79,7 @@ def train(
     how: Optimization,
     kinds: frozenset[str],
     *,
-    token_budget: int = 2048,
+    token_budget: int = 1024,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
 ) -> dict[int, float]:
     """Train every client of the cohort for one round; returns each slot's mean training loss over the round.
@@ -124,7 +124,7 @@ def evaluate(
     examples: Examples,
     rows: Mapping[int, Rows],
     *,
-    token_budget: int = 8192,
+    token_budget: int = 1024,
 ) -> dict[int, dict[str, float]]:
     """Each slot's mean loss and accuracy over its own rows, all slots in shared passes."""
     owners, pooled = _pool(rows)
@@ -143,7 +143,7 @@ def evaluate(
 
 
 def features(
-    cohort: Cohort, task: LearningTask, examples: Examples, rows: Rows, *, token_budget: int = 8192
+    cohort: Cohort, task: LearningTask, examples: Examples, rows: Rows, *, token_budget: int = 1024
 ) -> Float[np.ndarray, "rows d"]:
     """The frozen, un-adapted backbone's feature of each row. The cohort's adapters are routed to an empty slot."""
     found: list[tuple[Rows, np.ndarray]] = []
