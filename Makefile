@@ -23,8 +23,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: install  ## fine-tune MiniLM across 8 clients with CE-LoRA and with FedIT, on two cores in minutes
 	@scripts/demo $(BIN)
 
-test: install  ## run all tests
-	$(BIN)/python -m pytest
+test: install  ## run all tests, one process a core with one thread each
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 check: install  ## formatting, lint, types, and the one-way imports of the design
 	$(BIN)/ruff format --check .

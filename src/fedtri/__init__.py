@@ -8,11 +8,12 @@ _WHERE = {
     "Config": "fedtri.config",
     "FedtriError": "fedtri.errors",
     "METHODS": "fedtri.methods",
+    "load": "fedtri.report.reading",
     "load_config": "fedtri.config",
     "run": "fedtri.runs",
     "resume": "fedtri.runs",
 }
-__all__ = ["METHODS", "Config", "FedtriError", "load_config", "resume", "run"]
+__all__ = ["METHODS", "Config", "FedtriError", "load", "load_config", "resume", "run"]
 
 
 def __getattr__(name: str) -> object:

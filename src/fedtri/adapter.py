@@ -1,13 +1,18 @@
 """The adapter of a cohort: y = W0 x + s · B C A x with factors stacked over m clients over one copy of W0.
 
+Two more kinds: DoRA, y = M ∘ (W0 + s B C A) x / ‖W0 + s B C A‖ with a norm for each row (arXiv:2402.09353), and HiRA,
+y = (W0 + W0 ∘ s B C A) x (openreview.net/forum?id=TwJrTz9cRS). A dense W, where a client has one, adds W x.
+
 Each sample of a batch meets its own client's factors; one client is a cohort of one. Clients of smaller rank are
 zero-padded: where a row of A and the matching column of B are zero, both gradients are zero, so padding stays zero.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -18,6 +23,7 @@ from fedtri.seeds import generator
 from fedtri.types import Factors, Key, Layer, Layout
 
 STACKED = {"A", "C", "B"}
+Kind = Literal["lora", "dora", "hira"]
 
 
 class Routing:
@@ -47,29 +53,89 @@ class Routing:
         assert self.slots is not None, "route the batch before the model sees it"
         return x.reshape(len(self.slots), -1, x.shape[-1])
 
+    def each(
+        self, rows: Float[Tensor, "batch tokens d"], through: Callable[[int, Tensor], Tensor]
+    ) -> Float[Tensor, "batch tokens d_out"]:
+        """Every client's rows through `through(slot, rows)`, one call a client: for what is too large to gather."""
+        if self.single is not None:
+            return through(self.single, rows)
+        assert self.slots is not None, "route the batch before the model sees it"
+        order = torch.argsort(self.slots, stable=True)
+        slots, counts = torch.unique_consecutive(self.slots[order], return_counts=True)
+        parts = rows[order].split(counts.tolist())
+        done = [through(slot, part) for slot, part in zip(slots.tolist(), parts, strict=True)]
+        return torch.cat(done)[torch.argsort(order)]
+
 
 class TriLinear(nn.Module):
     """A frozen linear layer with m clients' B·C·A beside it."""
 
-    def __init__(self, base: nn.Module, clients: int, rank: int, routing: Routing) -> None:
+    def __init__(
+        self, base: nn.Module, clients: int, rank: int, routing: Routing, *, kind: Kind = "lora", heads: int = 1
+    ) -> None:
         super().__init__()
+        self.kind, self.dense = kind, dict[int, Tensor]()
         d_out, d_in = shape_of(base)
         like = {"dtype": base.weight.dtype, "device": base.weight.device}  # pyright: ignore[reportAttributeAccessIssue]
         self.base, self.routing = base, routing
         self.A = nn.Parameter(torch.zeros(clients, rank, d_in, **like))
-        self.C = nn.Parameter(torch.zeros(clients, rank, rank, **like))
+        self.C = nn.Parameter(torch.zeros(clients, rank, rank // heads, **like))
         self.B = nn.Parameter(torch.zeros(clients, d_out, rank, **like))
+        if heads > 1:
+            self.S = nn.Parameter(torch.ones(clients, heads, **like))
+        if kind == "dora":
+            self.M = nn.Parameter(torch.ones(clients, d_out, **like))
+            self.register_buffer("squares", torch.linalg.vector_norm(weight_of(base), dim=1) ** 2, persistent=False)
         self.scale: Tensor
+        self.squares: Tensor
         self.register_buffer("scale", torch.zeros(clients, **like), persistent=False)
 
     def forward(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_out"]:
-        pick = self.routing.pick
-        out = self.base(x)
-        h = torch.matmul(self.routing.rows(x), pick(self.A).mT)  # (batch, tokens, r)
-        core = pick(self.C) * pick(self.scale)[:, None, None]
-        h = torch.matmul(h, core.mT)  # (batch, tokens, r)
-        update = torch.matmul(h, pick(self.B).mT)  # (batch, tokens, d_out)
+        out, rows = self.base(x), self.routing.rows(x)
+        if self.kind == "hira":
+            update = self.routing.each(rows, self._hira)
+        else:
+            pick = self.routing.pick
+            h = torch.matmul(rows, pick(self.A).mT)  # (batch, tokens, r)
+            h = torch.matmul(h, pick(self._core()).mT)  # (batch, tokens, r)
+            update = torch.matmul(h, pick(self.B).mT)  # (batch, tokens, d_out)
+        if self.dense:
+            update = update + self.routing.each(rows, self._dense)
+        if self.kind == "dora":
+            return self._dora(out, update)
         return out + update.reshape(out.shape)
+
+    def _core(self) -> Float[Tensor, "m r r"]:
+        """s · C of every client, its blocks on the diagonal where it has heads."""
+        core = self.C * self.scale[:, None, None]
+        if core.shape[1] == core.shape[2]:
+            return core
+        blocks = core.unflatten(1, (self.S.shape[1], -1)) * self.S[:, :, None, None]
+        return block_diagonal(blocks.flatten(1, 2))
+
+    def _dense(self, slot: int, rows: Tensor) -> Tensor:
+        W = self.dense.get(slot)
+        return rows.new_zeros(*rows.shape[:2], self.B.shape[1]) if W is None else rows @ W.mT
+
+    def _hira(self, slot: int, rows: Tensor) -> Tensor:
+        return rows @ (weight_of(self.base) * (self.B[slot] @ self._core()[slot] @ self.A[slot])).mT
+
+    def _dora(self, out: Tensor, update: Float[Tensor, "batch tokens d_out"]) -> Tensor:
+        """M / ‖W‖ · W x + bias; the norm is a constant to the gradient, as in DoRA's section 4.3 and in PEFT.
+
+        ‖w + bᵀCA‖² of a row = ‖w‖² + 2 wᵀ(CA)ᵀb + bᵀ(CA)(CA)ᵀb: no d_out × d_in matrix is built.
+        """
+        with torch.no_grad():
+            CA = self._core() @ self.A  # (m, r, d_in)
+            cross = weight_of(self.base) @ CA.mT  # (m, d_out, r)
+            squares = self.squares + (self.B * (2 * cross + self.B @ (CA @ CA.mT))).sum(-1)
+            norm = squares.clamp(min=0).sqrt()  # (m, d_out)
+        gain = self.routing.pick(self.M / norm)[:, None]
+        bias = getattr(self.base, "bias", None)
+        plain = self.routing.rows(out)
+        plain = plain if bias is None else plain - bias
+        tuned = gain * (plain + update)
+        return (tuned if bias is None else tuned + bias).reshape(out.shape)
 
 
 class StackedLinear(nn.Module):
@@ -97,6 +163,21 @@ def shape_of(linear: nn.Module) -> tuple[int, int]:
     return (columns, rows) if isinstance(linear, Conv1D) else (rows, columns)
 
 
+def weight_of(linear: nn.Module) -> Float[Tensor, "d_out d_in"]:
+    """W0 as (d_out, d_in), a view where it is kept transposed."""
+    weight = linear.weight
+    assert isinstance(weight, Tensor)
+    return (weight.mT if isinstance(linear, Conv1D) else weight).detach()
+
+
+def block_diagonal(blocks: Float[Tensor, "*batch r b"]) -> Float[Tensor, "*batch r r"]:
+    """The square matrix with these blocks, given one under the other, along its diagonal."""
+    r, b = blocks.shape[-2:]
+    eye = torch.eye(r // b, dtype=blocks.dtype, device=blocks.device)
+    spread = blocks.unflatten(-2, (r // b, b))[..., None, :] * eye[:, None, :, None]  # (..., heads, b, heads, b)
+    return spread.flatten(-2).flatten(-3, -2)
+
+
 @dataclass(frozen=True)
 class Slot:
     """What makes one client's factors mean what they mean: its rank and its scale s = alpha / rank."""
@@ -113,13 +194,25 @@ class Cohort:
     """
 
     def __init__(
-        self, model: nn.Module, *, targets: Sequence[str], head: Sequence[str], clients: int, rank: int
+        self,
+        model: nn.Module,
+        *,
+        targets: Sequence[str],
+        head: Sequence[str],
+        clients: int,
+        rank: int,
+        kind: Kind = "lora",
+        extra: str = "",
+        heads: int = 1,
     ) -> None:
         self.model, self.clients, self.rank = model.eval(), clients, rank
-        self.routing = Routing()
+        self.kind, self.routing = kind, Routing()
         self._slots: dict[int, Slot] = {}
-        layers, heads = [], []
+        layers, head_shapes = [], []
         model.requires_grad_(False)
+        backbone = self._open(model, targets, head) if "P" in extra else ()
+        if rank % heads:
+            raise FedtriError(f"rank: expected a multiple of method_options.heads ({heads}), got {rank}")
         for name in targets:
             d_out, d_in = shape_of(model.get_submodule(name))
             if rank > min(d_out, d_in):
@@ -127,19 +220,35 @@ class Cohort:
                     f"rank: {rank} is larger than layer {name} ({d_out} x {d_in}); use at most {min(d_out, d_in)}"
                 )
             layers.append(Layer(name, d_in, d_out))
-            model.set_submodule(name, TriLinear(model.get_submodule(name), clients, rank, self.routing))
+            base = model.get_submodule(name)
+            model.set_submodule(name, TriLinear(base, clients, rank, self.routing, kind=kind, heads=heads))
         for name in head:
             base = model.get_submodule(name)
             assert isinstance(base, nn.Linear)
-            heads.append((f"{name}.weight", tuple(base.weight.shape)))
+            head_shapes.append((f"{name}.weight", tuple(base.weight.shape)))
             if base.bias is not None:
-                heads.append((f"{name}.bias", tuple(base.bias.shape)))
+                head_shapes.append((f"{name}.bias", tuple(base.bias.shape)))
             model.set_submodule(name, StackedLinear(base, clients, self.routing))
-        self.layout = Layout(tuple(layers), tuple(heads))
+        beside = "".join(f for f in "SMW" if f in extra or (f == "M" and kind == "dora"))
+        self.layout = Layout(tuple(layers), tuple(head_shapes), backbone, beside, heads)
+
+    def _open(
+        self, model: nn.Module, targets: Sequence[str], head: Sequence[str]
+    ) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        """The backbone's own parameters, which learn where there are no adapters: of one client at a time."""
+        if targets or self.clients > 1:
+            raise FedtriError("method: training the backbone itself takes no targets and a cohort of one")
+        return tuple(
+            (name, tuple(value.shape)) for name, value in model.named_parameters()
+            if not any(name.startswith(f"{layer}.") for layer in head)
+        )  # fmt: skip
 
     def stacked(self, key: Key) -> nn.Parameter:
-        """The parameter (m, ...) that holds this tensor of every client."""
-        return self.model.get_parameter(key.layer if key.factor == "H" else f"{key.layer}.{key.factor}")
+        """The parameter (m, ...) that holds this tensor of every client; of "P", the model's only one."""
+        return self.model.get_parameter(key.layer if key.factor in "PH" else f"{key.layer}.{key.factor}")
+
+    def _of(self, key: Key, stack: Tensor, slot: int) -> Tensor:
+        return stack if key.factor == "P" else stack[slot]
 
     def layer(self, name: str) -> TriLinear:
         """The adapted layer of this name."""
@@ -153,24 +262,44 @@ class Cohort:
         with torch.no_grad():
             for layer in self.layout.layers:
                 self.layer(layer.name).scale[slot] = alpha / rank
+                self.layer(layer.name).dense.pop(slot, None)
             for key, value in factors.items():
-                target = self.stacked(key)[slot]
+                if key.factor == "W":
+                    self._write_dense(slot, key, value)
+                    continue
+                target = self._of(key, self.stacked(key).detach(), slot)
                 if key.factor in STACKED:
                     target.zero_()
                     target = target[tuple(slice(n) for n in value.shape)]
                 target.copy_(value)
 
+    def initial(self) -> dict[Key, Tensor]:
+        """What every client starts from where the model itself says it: DoRA's M = ‖W0‖ by row, and P."""
+        found = {key: self.stacked(key).detach().cpu().clone() for key in self.layout.keys(frozenset("P"))}
+        for key in self.layout.keys(frozenset("M")):
+            found[key] = self.layer(key.layer).squares.sqrt().cpu().clone()
+        return found
+
+    def _write_dense(self, slot: int, key: Key, value: Tensor) -> None:
+        """Keep a client's W, as one copy with those of the cohort that are equal to it."""
+        layer = self.layer(key.layer)
+        value = value.to(layer.B)
+        layer.dense[slot] = next((W for W in layer.dense.values() if torch.equal(W, value)), value)
+
     def read(self, slot: int, kinds: frozenset[str]) -> dict[Key, Tensor]:
-        """A copy of a client's tensors, at its own rank, on the CPU."""
+        """A copy of a client's tensors, at its own rank, on the CPU; no W where it has none."""
         shapes = self.layout.shapes(self._slots[slot].rank)
-        return {
-            key: self.stacked(key).detach()[slot][tuple(slice(n) for n in shapes[key])].cpu().clone()
-            for key in self.layout.keys(kinds)
+        own = {
+            key: self._of(key, self.stacked(key).detach(), slot)[tuple(slice(n) for n in shapes[key])]
+            for key in self.layout.keys(kinds - {"W"})
         }
+        dense = {key: self.layer(key.layer).dense.get(slot) for key in self.layout.keys(kinds & {"W"})}
+        own |= {key: W for key, W in dense.items() if W is not None}
+        return {key: value.cpu().clone() for key, value in own.items()}
 
     def train_only(self, kinds: frozenset[str]) -> None:
         """Let these factors learn, with gradient buffers of their own, and freeze the others."""
-        for key in self.layout.keys(frozenset("ACBH")):
+        for key in self.layout.keys(self.layout.factors - {"W"}):
             parameter = self.stacked(key)
             learns = key.factor in kinds
             parameter.requires_grad_(learns)
@@ -181,14 +310,14 @@ class Cohort:
         views = {}
         for key in self.layout.keys(kinds):
             stack = self.stacked(key)
-            views[key] = view = nn.Parameter(stack.data[slot], requires_grad=False)
-            view.grad = None if stack.grad is None else stack.grad[slot]
+            views[key] = view = nn.Parameter(self._of(key, stack.data, slot), requires_grad=False)
+            view.grad = None if stack.grad is None else self._of(key, stack.grad, slot)
         return views
 
-    def route(self, slots: Iterable[int] | Int[Tensor, "batch"]) -> None:
+    def route(self, slots: Sequence[int] | Int[np.ndarray, "batch"] | Int[Tensor, "batch"]) -> None:
         """Say which slot each sample of the next batch belongs to."""
         device = next(self.model.parameters()).device
-        self.routing.set(torch.as_tensor(slots, dtype=torch.long, device=device))  # pyright: ignore[reportArgumentType]
+        self.routing.set(torch.as_tensor(slots, dtype=torch.long, device=device))
 
 
 def initial_factors(
@@ -197,26 +326,44 @@ def initial_factors(
     """What every client starts from, derived from the run's seed and never sent.
 
     "kaiming": A Kaiming-uniform as in PEFT, C = I, B = 0. "orthonormal": rows of A and columns of B orthonormal,
-    C = 0. Either way ΔW = 0. The rows of a smaller rank are the first rows of a larger one.
+    C = 0. Either way ΔW = 0. The rows of a smaller rank are the first rows of a larger one. S = 1.
     """
     factors: dict[Key, Tensor] = {}
     for layer in layout.layers:
         if basis == "orthonormal":
             A = _orthonormal(layer.d_in, rank, generator(seed, "A", layer.name)).mT.contiguous()
             B = _orthonormal(layer.d_out, rank, generator(seed, "B", layer.name))
-            C = torch.zeros(rank, rank)
+            C = torch.zeros(rank, rank // layout.heads)
         else:
             A, B, C = torch.empty(rank, layer.d_in), torch.zeros(layer.d_out, rank), torch.eye(rank)
             nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator(seed, "A", layer.name))
         factors |= {Key(layer.name, "A"): A, Key(layer.name, "C"): C, Key(layer.name, "B"): B}
+        if "S" in layout.extra:
+            factors[Key(layer.name, "S")] = torch.ones(layout.heads)
     return factors | dict(head)
 
 
 def _orthonormal(d: int, rank: int, rng: torch.Generator) -> Float[Tensor, "d rank"]:
-    return torch.linalg.qr(torch.randn(d, rank, generator=rng, dtype=torch.float64)).Q.float()
+    columns = [torch.randn(d, generator=rng, dtype=torch.float64) for _ in range(rank)]
+    return torch.linalg.qr(torch.stack(columns, 1)).Q.float()
+
+
+def folded(factors: Factors) -> dict[Key, Tensor]:
+    """The same tensors with every S multiplied into its C: s_iH_i is what RAVAN sends."""
+    result = dict(factors)
+    for key in [key for key in factors if key.factor == "S"]:
+        core = Key(key.layer, "C")
+        blocks = factors[core].unflatten(0, (len(factors[key]), -1)) * factors[key][:, None, None]
+        result |= {core: blocks.flatten(0, 1), key: torch.ones_like(factors[key])}
+    return result
+
+
+def core_of(factors: Factors, layer: str) -> Float[Tensor, "r r"]:
+    """C of one client's layer as the square matrix it stands for, S multiplied in."""
+    own = folded({key: value for key, value in factors.items() if key.layer == layer and key.factor in "CS"})
+    return block_diagonal(own[Key(layer, "C")])
 
 
 def effective_update(factors: Mapping[Key, Tensor], layer: str, scale: float) -> Float[Tensor, "d_out d_in"]:
-    """ΔW = s · B C A of one client's layer, dense: for tests and for merging, never for the server."""
-    A, C, B = (factors[Key(layer, f)] for f in "ACB")
-    return scale * (B @ C @ A)
+    """s · B C A of one client's layer, dense and without its W: for tests and for merging, never for the server."""
+    return scale * (factors[Key(layer, "B")] @ core_of(factors, layer) @ factors[Key(layer, "A")])

@@ -91,7 +91,7 @@ def _manifest(path: Path) -> dict[str, Any]:
 
 def _tensors(state: ServerState) -> dict[str, Tensor]:
     tensors = _named("shared", "", state.shared)
-    for kind, table in (("personal", state.personal), ("seen", state.seen)):
+    for kind, table in (("personal", state.personal), ("seen", state.seen), ("memory", state.memory)):
         for client, factors in table.items():
             tensors |= _named(kind, client, factors)
     for client, said in state.sketches.items():
@@ -109,7 +109,7 @@ def _named(kind: str, client: str, factors: Factors) -> dict[str, Tensor]:
 
 
 def _state(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ServerState:
-    tables: dict[str, dict[str, dict[Key, Tensor]]] = {"shared": {"": {}}, "personal": {}, "seen": {}}
+    tables: dict[str, dict[str, dict[Key, Tensor]]] = {"shared": {"": {}}, "personal": {}, "seen": {}, "memory": {}}
     sketches, similarity, distance = {}, {}, np.zeros((0, 0))
     for name, value in tensors.items():
         kind, client, rest = json.loads(name)
@@ -126,6 +126,7 @@ def _state(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Server
         shared=tables["shared"][""],
         personal=tables["personal"],
         seen=tables["seen"],
+        memory=tables["memory"],
         sketches={client: sketches[client] for client in manifest["sketches"]},
         data_distance=distance,
         similarity=similarity,

@@ -4,15 +4,25 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
+import click
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from fedtri import __version__
 from fedtri.errors import FedtriError
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from pandas import DataFrame
+
+    from fedtri import compare as comparison
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 console = Console()
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A run directory.")]
@@ -21,6 +31,18 @@ Settings = Annotated[
     list[str],
     typer.Option("--set", metavar="KEY=VALUE", help="Any key of the configuration, also table.key; repeatable."),
 ]
+
+
+@app.callback(invoke_without_command=True)
+def fedtri(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+) -> None:
+    """Fine-tune a foundation model across clients that keep their data."""
+    if version:
+        _say(f"fedtri {__version__}")
+    elif context.invoked_subcommand is None:
+        console.print(context.get_help())
 
 
 @app.command()
@@ -46,7 +68,7 @@ def run(
     _prepare()
     from fedtri import display, runs
 
-    with display.display(console, loaded.rounds, loaded.steps) as shown:
+    with display.display(console, loaded) as shown:
         listener = runs.Listener(shown.phase, shown.step)
         folder = Path()
         for progress in runs.run(loaded, listener):
@@ -65,7 +87,7 @@ def resume(folder: Folder) -> None:
     _prepare()
     from fedtri import display, runs
 
-    with display.display(console, loaded.rounds, loaded.steps, len(rundir.read_rounds(folder))) as shown:
+    with display.display(console, loaded, rundir.read_rounds(folder)) as shown:
         for progress in runs.resume(folder, runs.Listener(shown.phase, shown.step)):
             shown.round(progress.line)
     _finished(folder)
@@ -91,7 +113,7 @@ def export(
     from fedtri import tuned
 
     tuned.export(folder, client, to, merge=merge)
-    console.print(f"wrote {to}", highlight=False)
+    _say(f"wrote {to}")
 
 
 @app.command()
@@ -111,6 +133,70 @@ def predict(
 
 
 @app.command()
+def compare(
+    config: Annotated[
+        Path | None, typer.Argument(metavar="[CONFIG.toml]", help="Without one: the demo's settings.")
+    ] = None,
+    methods: Annotated[str, typer.Option(help="Methods separated by commas; see `fedtri methods`.")] = "",
+    seeds: Annotated[str | None, typer.Option(help="Seeds separated by commas; by default the config's.")] = None,
+    grid: Annotated[
+        list[str], typer.Option("--grid", metavar="KEY=V1,V2", help="Values of any key to try; repeatable.")
+    ] = [],  # noqa: B006
+    out: Annotated[Path | None, typer.Option(help="The comparison's folder; by default runs/compare-CONFIG.")] = None,
+    baseline: Annotated[str | None, typer.Option(help="Whose results are subtracted; by default the first.")] = None,
+    settings: Settings = [],  # noqa: B006
+) -> None:
+    """Run methods (and seeds, and a grid) side by side; the same call again runs only what is missing."""
+    _prepare()
+    from fedtri import compare as comparison
+    from fedtri.report import tables
+
+    planned = comparison.plan(
+        config, _listed(methods), seeds=[_whole(seed) for seed in _listed(seeds or "")], settings=settings,
+        grid=dict(map(comparison.parse_grid, grid)), out=out, baseline=baseline,
+    )  # fmt: skip
+    _follow(comparison.run(planned))
+    groups = tables.grouped(comparison.finished(planned.folder))
+    _print_table(tables.readable(groups, planned.baseline).drop(columns="total"))
+    _say(tables.caption(groups, planned.baseline))
+    _say(f"the page is {planned.folder}/report.html, the numbers are {planned.folder}/table.csv")
+
+
+@app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR…", help="Run directories, or folders of them.")],
+    out: Annotated[Path | None, typer.Option(help="The page; by default report.html in the first folder.")] = None,
+    baseline: Annotated[str | None, typer.Option(help="Whose results are subtracted; by default the first.")] = None,
+    figures: Annotated[Path | None, typer.Option(metavar="DIR", help="Also write each figure to a file here.")] = None,
+    kind: Annotated[str, typer.Option("--format", help="svg or png, for --figures.")] = "svg",
+    opened: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
+) -> None:
+    """Write one HTML page about a run, or comparing several, from run directories alone."""
+    from fedtri.report import figures as of_run
+    from fedtri.report import files, overview, page, reading, tables
+
+    runs = [reading.load(path) for path in reading.find(folders)]
+    target = page.write(runs, out or folders[0] / "report.html", baseline)
+    _say(f"wrote {target}")
+    if figures is not None:
+        drawn = of_run.of_run(runs[0]) if len(runs) == 1 else overview.of_groups(tables.grouped(runs))
+        _say(f"wrote {len(files.write(drawn, figures, kind))} figures to {figures}")
+    if opened:
+        typer.launch(str(target))
+
+
+@app.command()
+def watch(
+    folder: Folder,
+    once: Annotated[bool, typer.Option("--once", help="Show it as it is now and end.")] = False,
+) -> None:
+    """Follow a run, running or finished, from another terminal."""
+    from fedtri.watch import watch
+
+    watch(folder, console, once=once)
+
+
+@app.command()
 def methods() -> None:
     """List the methods: what learns, what travels, and where each is from."""
     from fedtri.methods import METHODS, build
@@ -125,17 +211,63 @@ def methods() -> None:
 
 
 def main() -> None:
-    """Run the command line; our own errors end in one line and exit code 2."""
+    """Run the command line; a mistake of the user's ends in one line and exit code 2, Ctrl-C in one line and 130."""
+    command = typer.main.get_command(app)
     try:
-        app(standalone_mode=True)
+        with command.make_context("fedtri", sys.argv[1:]) as context:
+            command.invoke(context)
+    except click.exceptions.Exit as done:
+        raise SystemExit(done.exit_code) from None
+    except click.UsageError as error:
+        path = error.ctx.command_path if error.ctx else "fedtri"
+        _fail(f"{error.format_message().rstrip('.')}; see `{path} --help`")
     except FedtriError as error:
-        _fail(" ".join(str(error).split()))
-    except KeyboardInterrupt:
-        _fail("interrupted; `fedtri resume DIR` goes on from the last finished round", 130)
+        _fail(str(error))
+    except OSError as error:
+        if error.filename is None:
+            raise
+        _fail(f"{error.filename}: {error.strerror}")
+    except KeyboardInterrupt as error:
+        _fail(str(error) or "interrupted", 130)
+
+
+def _follow(steps: "Iterator[comparison.Step]") -> None:
+    from fedtri import display
+
+    for step in steps:
+        if step.line is None:
+            done = "is finished already" if step.kept else f"in {step.folder}"
+            _say(f"[{step.number}/{step.of}] {step.member.name} {done}")
+        else:
+            _say(f"  {display.describe(step.line, step.member.config.rounds)}")
+
+
+def _print_table(table: "DataFrame") -> None:
+    shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for place, heading in enumerate(table.columns):
+        shown.add_column(str(heading), justify="right" if place else "left", no_wrap=True)
+    for row in table.to_numpy().tolist():
+        shown.add_row(*row)
+    # narrower than this a row would be cut into pieces
+    Console(width=max(console.width, 96)).print(shown)
+
+
+def _listed(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _whole(text: str) -> int:
+    if not text.isdecimal():
+        raise FedtriError(f"--seeds: expected whole numbers separated by commas, got {text!r}")
+    return int(text)
+
+
+def _say(text: str) -> None:
+    console.print(text, highlight=False, soft_wrap=True, markup=False)
 
 
 def _fail(text: str, code: int = 2) -> NoReturn:
-    print(f"fedtri: {text}", file=sys.stderr)
+    print(f"fedtri: {' '.join(text.split())}", file=sys.stderr)
     raise SystemExit(code)
 
 
@@ -150,14 +282,12 @@ def _prepare() -> None:
 
 def _finished(folder: Path) -> None:
     from fedtri import display, rundir
+    from fedtri.report import page, reading
 
     summary = rundir.read_summary(folder)
+    page.write([reading.load(folder)], folder / "report.html")
     console.print(display.clients(summary))
     console.print(display.results([summary]))
     first = next(iter(summary["client_table"]))
-    console.print(
-        f"everything is in {folder}; an adapter in PEFT format for each client in {folder}/adapters",
-        highlight=False,
-        soft_wrap=True,
-    )
-    console.print(f'try: fedtri predict {folder} --client {first} "some text"', highlight=False, soft_wrap=True)
+    _say(f"everything is in {folder}: report.html to look at, adapters/ with a PEFT adapter for each client")
+    _say(f'try: fedtri predict {folder} --client {first} "some text"')

@@ -4,16 +4,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 
-from fedtri import sketch, train
+from fedtri import adapter, sketch, train
 from fedtri.adapter import Cohort
 from fedtri.data.partition import Split
 from fedtri.seeds import derive
 from fedtri.store import ClientStore
 from fedtri.tasks import Examples, LearningTask
 from fedtri.types import Factors, Method, Reply, Task, only
-
-ALL = frozenset("ABCH")
 
 
 @dataclass(frozen=True)
@@ -42,15 +41,27 @@ class Site:
 def client_update(site: Site, tasks: Sequence[Task]) -> list[Reply]:
     """Answer the tasks of one phase of one round, one a client, at most as many as the cohort has slots."""
     for slot, task in enumerate(tasks):
-        kept = site.initial(task.client) if task.phase == "sketch" else _kept(site, task)
-        site.cohort.write(slot, kept, site.ranks[task.client], site.alpha)
+        own = site.initial(task.client) if task.phase == "sketch" else kept(site, task)
+        site.cohort.write(slot, own, site.ranks[task.client], site.alpha)
     answer = {"sketch": _sketch, "train": _train, "evaluate": _evaluate}[tasks[0].phase]
     return answer(site, tasks)
 
 
-def _kept(site: Site, task: Task) -> Factors:
-    """The client's own tensors with what came down over them."""
-    return {**(site.store.load(task.client) or site.initial(task.client)), **task.down}
+def personal_id(client: str) -> str:
+    """The name under which a client's personal copy is kept."""
+    return f"{client}.personal"
+
+
+def kept(site: Site, task: Task) -> Factors:
+    """The client's own tensors with what came down over them, which may start others anew."""
+    own = {**(site.store.load(task.client) or site.initial(task.client)), **task.down}
+    came = {key.factor for key in task.down}
+    if site.method.fresh and "W" in came:
+        seed = derive(site.seed, "fresh", task.round)
+        own |= adapter.initial_factors(site.cohort.layout, {}, rank=site.ranks[task.client], seed=seed)
+    if "C" in came:
+        own |= {key: torch.ones_like(value) for key, value in own.items() if key.factor == "S"}
+    return own
 
 
 def _sketch(site: Site, tasks: Sequence[Task]) -> list[Reply]:
@@ -74,41 +85,77 @@ def _train(site: Site, tasks: Sequence[Task]) -> list[Reply]:
         train.Work(slot, site.splits[task.client].train, derive(site.seed, "batches", task.round, task.client))
         for slot, task in enumerate(tasks)
     ]
-    how = replace(site.optimization, proximal=site.method.proximal)
-    losses = train.train(
-        site.cohort, site.task, site.examples, works, how, plan.train,
-        token_budget=site.token_budget, on_step=site.on_step,
-    )  # fmt: skip
-    metrics = _scores(site, tasks) if site.evaluate else {slot: {} for slot in losses}
+    personal = site.method.personal
+    follows = personal is not None and personal.pull is not None
+    received = {slot: site.cohort.read(slot, plan.train) for slot, _ in enumerate(tasks)} if personal else {}
+    losses = _fit(site, works, personal.proximal if personal and follows else site.method.proximal, plan.train)
+    metrics = _scores(site, tasks)
+    mine = {slot: site.cohort.read(slot, site.cohort.layout.factors) for slot, _ in enumerate(tasks)}
+    if personal is not None:
+        if not follows:
+            _train_personal(site, tasks, works, personal.proximal, received)
+        for slot, scores in (metrics if follows else _scores(site, tasks)).items():
+            metrics[slot] = {**metrics[slot], **{f"{name}_personal": value for name, value in scores.items()}}
+        for slot, task in enumerate(tasks):
+            copy = site.cohort.read(slot, site.cohort.layout.factors)
+            site.store.save(personal_id(task.client), copy, f"{task.round + 1:05}-trained")
+    if personal is not None and personal.pull is not None:
+        for slot, start in received.items():
+            mine[slot] |= {key: torch.lerp(start[key], mine[slot][key], personal.pull) for key in start}
     replies = []
     for slot, task in enumerate(tasks):
-        mine = site.cohort.read(slot, ALL)
-        site.store.save(task.client, mine, f"{task.round + 1:05}-trained")
-        replies.append(_reply(site, task, only(mine, plan.up), {"train_loss": losses[slot], **metrics[slot]}))
+        site.store.save(task.client, mine[slot], f"{task.round + 1:05}-trained")
+        up = only(adapter.folded(mine[slot]), plan.up)
+        replies.append(_reply(site, task, up, {"train_loss": losses[slot], **metrics[slot]}))
     return replies
+
+
+def _fit(site: Site, works: Sequence[train.Work], proximal: float, kinds: frozenset[str]) -> dict[int, float]:
+    return train.train(
+        site.cohort, site.task, site.examples, works, replace(site.optimization, proximal=proximal), kinds,
+        token_budget=site.token_budget, on_step=site.on_step,
+    )  # fmt: skip
+
+
+def _train_personal(
+    site: Site, tasks: Sequence[Task], works: Sequence[train.Work], proximal: float, received: Mapping[int, Factors]
+) -> None:
+    """Leave in every slot the client's personal copy, trained for as many steps again near what was received."""
+    for slot, task in enumerate(tasks):
+        copy = site.store.load(personal_id(task.client)) or received[slot]
+        site.cohort.write(slot, copy, site.ranks[task.client], site.alpha)
+    again = [
+        replace(work, seed=derive(work.seed, "personal"), anchor=received[slot]) for slot, work in enumerate(works)
+    ]
+    _fit(site, again, proximal, site.method.plan(tasks[0].round).train)
 
 
 def _evaluate(site: Site, tasks: Sequence[Task]) -> list[Reply]:
     for slot, task in enumerate(tasks):
         if task.down:
-            site.store.save(task.client, site.cohort.read(slot, ALL), f"{task.round:05}-received")
-    metrics = _scores(site, tasks) if site.evaluate else [{} for _ in tasks]
+            mine = site.cohort.read(slot, site.cohort.layout.factors)
+            site.store.save(task.client, mine, f"{task.round:05}-received")
+    metrics = _scores(site, tasks)
     return [_reply(site, task, {}, metrics[slot]) for slot, task in enumerate(tasks)]
 
 
 def _scores(site: Site, tasks: Sequence[Task]) -> dict[int, dict[str, float]]:
     """Loss and accuracy on each client's test split (and loss on its validation split where asked), by slot."""
     splits = dict(enumerate(site.splits[task.client] for task in tasks))
-    found = _on(site, {slot: split.test for slot, split in splits.items()})
+    found: dict[int, dict[str, float]] = {slot: {} for slot in splits}
+    if not site.evaluate:
+        return found
+    found |= _on(site, {slot: split.test for slot, split in splits.items()})
     if site.validate:
-        for slot, scores in _on(
-            site, {s: split.validation for s, split in splits.items() if len(split.validation)}
-        ).items():
+        for slot, scores in _on(site, {slot: split.validation for slot, split in splits.items()}).items():
             found[slot]["validation_loss"] = scores["loss"]
     return found
 
 
 def _on(site: Site, rows: Mapping[int, np.ndarray]) -> dict[int, dict[str, float]]:
+    rows = {slot: own for slot, own in rows.items() if len(own)}
+    if not rows:
+        return {}
     return train.evaluate(site.cohort, site.task, site.examples, rows, token_budget=site.token_budget)
 
 

@@ -1,15 +1,15 @@
 """The configuration of a run: flat keys for what people type, named tables for what is rarer, one-line errors."""
 
-import difflib
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from fedtri.errors import FedtriError
+from fedtri.strict import STRICT, complaint
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -18,7 +18,7 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 class Strict(BaseModel):
     """Unknown keys and wrong types are errors; nothing is coerced but int to float."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = STRICT
 
 
 class Optimizer(Strict):
@@ -27,7 +27,7 @@ class Optimizer(Strict):
     schedule: Literal["constant", "linear", "cosine", "constant_with_warmup"] = "constant"
     warmup: Annotated[int, Field(ge=0)] = 0
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    betas: Annotated[list[float], Field(min_length=2, max_length=2)] = [0.9, 0.999]
+    betas: Annotated[list[Share], Field(min_length=2, max_length=2)] = [0.9, 0.999]
     clip: Annotated[float, Field(gt=0)] | Literal[False] = 1.0
 
 
@@ -45,9 +45,13 @@ class SplitOptions(Strict):
     test: Annotated[float, Field(gt=0, lt=1)] = 0.2
 
     @model_validator(mode="after")
-    def _whole(self) -> Self:
+    def _whole(self) -> "SplitOptions":
         if abs(self.train + self.validation + self.test - 1) > 1e-6:
-            raise ValueError("train + validation + test must be 1")
+            shares = (self.train, self.validation, self.test)
+            raise ValueError(
+                f"expected train + validation + test to be 1, got {' + '.join(f'{share:g}' for share in shares)}"
+                f" = {sum(shares):g}; change the others too"
+            )
         return self
 
 
@@ -74,6 +78,14 @@ class Wire(Strict):
     norm_bound: Annotated[float, Field(gt=0)] = 1e4
 
 
+class ServerOptions(Strict):
+    """[server]: how the server follows the direction in which the average of what is shared has moved."""
+
+    optimizer: Literal["none", "fedavgm", "fedadam"] = "none"
+    learning_rate: Annotated[float, Field(gt=0)] = 1.0
+    betas: Annotated[list[Share], Field(min_length=2, max_length=2)] = [0.9, 0.99]
+
+
 class Config(Strict):
     """A run. The defaults are the demo: MiniLM on docstrings, 8 clients whose label mixes differ."""
 
@@ -89,11 +101,12 @@ class Config(Strict):
     steps: PositiveInt | None = None
     epochs: Annotated[float, Field(gt=0)] | None = None
     batch_size: PositiveInt = 16
-    max_length: PositiveInt = 128
+    max_length: Annotated[int, Field(ge=3)] = 128
     learning_rate: Annotated[float, Field(gt=0)] = 2e-3
-    rank: PositiveInt = 8
+    rank: PositiveInt | list[PositiveInt] | Annotated[str, Field(pattern=r"^uniform:[1-9]\d*,[1-9]\d*$")] = 8
+    adapter: Literal["lora", "dora", "hira"] = "lora"
     lora_alpha: Annotated[float, Field(gt=0)] = 16.0
-    targets: str | list[str] = "auto"
+    targets: str | Annotated[list[str], Field(min_length=1)] = "auto"
     head: Literal["default", "personal", "shared"] = "default"
     seed: Annotated[int, Field(ge=0)] = 0
     device: str = "auto"
@@ -107,57 +120,73 @@ class Config(Strict):
     early_stopping: EarlyStopping = EarlyStopping()
     simulation: Simulation = Simulation()
     wire: Wire = Wire()
+    server: ServerOptions = ServerOptions()
 
     @model_validator(mode="before")
     @classmethod
-    def _one_length(cls, values: dict[str, Any]) -> dict[str, Any]:
+    def _defaults(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Those that depend on another key: 10 steps where there are no epochs; a natural partition's own clients."""
         if values.get("steps") is not None and values.get("epochs") is not None:
-            raise ValueError("steps and epochs are both given; a round has one or the other")
+            raise ValueError("steps and epochs are both given, expected one of them; leave the other out")
         if values.get("epochs") is None and values.get("steps") is None:
             values = {**values, "steps": 10}
+        if str(values.get("partition")).startswith("natural:"):
+            values = {"clients": None, **values}
         return values
 
 
-def load(path: str | Path | None, settings: Sequence[str] = (), **flags: object) -> Config:
+def load(path: str | Path | None = None, settings: Sequence[str] = (), **flags: object) -> Config:
     """A config from a TOML file (or the defaults), overridden by flags that are not None, then by `key=value` settings.
 
     Raises FedtriError naming the file, the key, what was expected and what was found.
     """
-    values: dict[str, Any] = {}
-    where = "settings" if path is None else str(path)
-    if path is not None:
-        try:
-            values = tomllib.loads(Path(path).read_text())
-        except OSError as error:
-            raise FedtriError(f"{path}: cannot be read: {error.strerror}; expected a TOML configuration file") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise FedtriError(f"{path}: is not TOML: {error}") from None
-    overrides = {key: value for key, value in flags.items() if value is not None}
-    for setting in settings:
-        key, value = parse_setting(setting)
-        overrides[key] = value
-    for key, value in overrides.items():
-        _put(values, key, value)
-    return validated(values, where)
+    values = {} if path is None else read(path)
+    given = {f"--{key}": (key, value) for key, value in flags.items() if value is not None}
+    given |= {f"--set {key}": (key, value) for key, value in map(parse_setting, settings)}
+    for length, other in (("steps", "epochs"), ("epochs", "steps")):
+        # one of the two on the command line replaces the other in the file
+        if any(key == length for key, _ in given.values()) and other not in {key for key, _ in given.values()}:
+            values.pop(other, None)
+    for origin, (key, value) in given.items():
+        _put(values, key, value, origin)
+    return validated(
+        values, "config" if path is None else str(path), {key: origin for origin, (key, _) in given.items()}
+    )
 
 
-def validated(values: Mapping[str, Any], where: str = "config") -> Config:
-    """The config these values make. Raises FedtriError in one line."""
+def read(path: str | Path) -> dict[str, Any]:
+    """The tables of a TOML file, as they stand. Raises FedtriError where there are none."""
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise FedtriError(f"{path}: cannot be read: {error.strerror}; expected a TOML configuration file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise FedtriError(f"{path}: is not TOML: {error}; correct it, or give a data file with --data") from None
+
+
+def validated(values: Mapping[str, Any], where: str = "config", origins: Mapping[str, str] | None = None) -> Config:
+    """The config these values make; `origins` names the option that gave a key, where it is not from `where`.
+
+    Raises FedtriError in one line.
+    """
     try:
         return Config.model_validate(dict(values))
     except ValidationError as error:
-        raise FedtriError(f"{where}: {_one_line(error)}") from None
+        key, what = complaint(Config, error)
+    origins = origins or {}
+    origin = next((origins[k] for k in origins if key and (k == key or k.startswith(f"{key}."))), None)
+    raise FedtriError(f"{origin or ': '.join(filter(None, (where, key)))}: {what}")
 
 
 def parse_setting(text: str) -> tuple[str, Any]:
     """`key=value` or `table.key=value`; the value as TOML or, failing that, as a string."""
-    key, equals, value = text.partition("=")
-    if not equals or not key.strip():
-        raise FedtriError(f"--set {text!r}: expected key=value")
+    key, equals, value = (part.strip() for part in text.partition("="))
+    if not equals or not all(key.split(".")):
+        raise FedtriError(f"--set {text}: expected key=value, such as rounds=3")
     try:
-        return key.strip(), tomllib.loads(f"value = {value.strip()}")["value"]
+        return key, tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
-        return key.strip(), value.strip()
+        return key, value
 
 
 def dumps(config: Config) -> str:
@@ -165,28 +194,10 @@ def dumps(config: Config) -> str:
     return tomli_w.dumps(config.model_dump(exclude_none=True))
 
 
-def _put(values: dict[str, Any], key: str, value: object) -> None:
-    if {key, *values} >= {"steps", "epochs"}:
-        values.pop("epochs" if key == "steps" else "steps")
+def _put(values: dict[str, Any], key: str, value: object, origin: str) -> None:
     *tables, last = key.split(".")
     for table in tables:
         values = values.setdefault(table, {})
         if not isinstance(values, dict):
-            raise FedtriError(f"--set {key}: {table} is a value, not a table")
+            raise FedtriError(f"{origin}: {table} is a value, not a table; expected --set {table}=VALUE")
     values[last] = value
-
-
-def _one_line(error: ValidationError) -> str:
-    first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"] if part in _all_keys() or isinstance(part, int))
-    if first["type"] == "extra_forbidden":
-        name = ".".join(map(str, first["loc"]))
-        close = difflib.get_close_matches(str(first["loc"][-1]), _all_keys(), 1)
-        return f"unknown key {name!r}" + (f"; did you mean {close[0]!r}?" if close else "; see `fedtri run --help`")
-    message = first["msg"].removeprefix("Value error, ").replace("Input should be", "expected").lower()
-    return f"{key}: {message}, got {first['input']!r}" if key else message
-
-
-def _all_keys() -> list[str]:
-    tables = (Optimizer, DataOptions, SplitOptions, EarlyStopping, Simulation, Wire)
-    return [*Config.model_fields, *(name for table in tables for name in table.model_fields)]

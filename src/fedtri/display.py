@@ -5,9 +5,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+from fedtri.config import Config
+
+PHASES = {"sketch": (0.0, 0.1), "train": (0.1, 0.8), "evaluate": (0.8, 1.0)}
+"""From where to where a phase takes the bar, as shares of a round."""
 
 
 class Display(Protocol):
@@ -38,19 +44,20 @@ def describe(line: Mapping[str, Any], rounds: int) -> str:
 
 
 @contextmanager
-def display(console: Console, rounds: int, steps: int | None, start: int = 0) -> Iterator[Display]:
-    """A live display on a terminal, plain lines otherwise."""
+def display(console: Console, config: Config, lines: Sequence[Mapping[str, Any]] = ()) -> Iterator[Display]:
+    """A live display on a terminal, plain lines otherwise; `lines` are the rounds that are done already."""
     if not console.is_terminal:
-        yield _Plain(console, rounds, start)
+        yield _Plain(console, config.rounds, len(lines))
         return
     columns = (
         TextColumn("{task.description}"),
-        BarColumn(),
+        BarColumn(bar_width=10),
         TextColumn("{task.fields[status]}"),
-        TimeRemainingColumn(),
+        TextColumn("{task.fields[result]}"),
+        TimeRemainingColumn(compact=True),
     )
     with Progress(*columns, console=console, transient=True) as progress:
-        yield _Live(progress, rounds, steps, start)
+        yield _Live(progress, config, lines)
 
 
 class _Plain:
@@ -60,7 +67,7 @@ class _Plain:
 
     def phase(self, round: int, phase: str, clients: Sequence[str]) -> None:
         if phase == "sketch":
-            self.console.print(f"sketching the data of {len(clients)} clients")
+            self.console.print(f"sketching the data of {len(clients)} clients", highlight=False)
 
     def step(self, step: int, loss: float) -> None:
         pass
@@ -68,54 +75,63 @@ class _Plain:
     def round(self, line: Mapping[str, Any]) -> None:
         done = line["round"] - self.start
         left = (time.monotonic() - self.began) / done * (self.rounds - line["round"])
-        self.console.print(f"{describe(line, self.rounds)}  {left:.0f} s left", soft_wrap=True, highlight=False)
+        more = "" if line["round"] == self.rounds else f"  {left:.0f} s left"
+        self.console.print(f"{describe(line, self.rounds)}{more}", soft_wrap=True, highlight=False)
 
 
 class _Live:
-    def __init__(self, progress: Progress, rounds: int, steps: int | None, start: int) -> None:
-        self.progress, self.rounds, self.steps = progress, rounds, steps
-        self.bar = progress.add_task("starting", total=rounds, completed=start, status="")
-        self.current = start
+    def __init__(self, progress: Progress, config: Config, lines: Sequence[Mapping[str, Any]]) -> None:
+        self.progress, self.rounds, self.steps = progress, config.rounds, config.steps
+        self.cohort = config.simulation.cohort
+        self.bar = progress.add_task(
+            "loading model and data", total=config.rounds, completed=len(lines), status="", result=""
+        )
+        self.sent = sum(_bytes(line) for line in lines)
+        self.current, self.clients, self.passes, self.last = len(lines), 0, 1, 0
 
     def phase(self, round: int, phase: str, clients: Sequence[str]) -> None:
-        self.current = round
+        self.current, self.clients = round, len(clients)
+        self.passes, self.last = 0, 0
         words = {"sketch": "sketching", "train": "training", "evaluate": "evaluating"}[phase]
         self.progress.update(
             self.bar,
-            description=f"round {min(round + 1, self.rounds)}/{self.rounds}",
+            description=f"round {self.current + 1}/{self.rounds}",
+            completed=self.current + PHASES[phase][0],
             status=f"{words} {len(clients)} clients",
         )
 
     def step(self, step: int, loss: float) -> None:
+        if step <= self.last:
+            self.passes += 1  # the next cohort of this round
+        self.last = step
+        cohort = self.cohort or self.clients
         inside = step / self.steps if self.steps else 0.0
+        begin, end = PHASES["train"]
+        share = min((self.passes + inside) * cohort / self.clients, 1.0)
+        upto = min((self.passes + 1) * cohort, self.clients)
+        who = f"{self.clients} clients" if cohort >= self.clients else f"clients to {upto}/{self.clients}"
+        of = f"/{self.steps}" if self.steps else ""
         self.progress.update(
-            self.bar, completed=self.current + 0.8 * min(inside, 1.0), status=f"step {step}  loss {loss:.3f}"
+            self.bar,
+            completed=self.current + begin + (end - begin) * share,
+            status=f"{who}  step {step}{of}  loss {loss:.3f}",
         )
 
     def round(self, line: Mapping[str, Any]) -> None:
-        self.progress.update(self.bar, completed=line["round"])
+        self.sent += _bytes(line)
+        parts = [f"acc {line['accuracy']['mean']:.3f}"] if line.get("accuracy") else []
+        self.progress.update(self.bar, completed=line["round"], result="  ".join([*parts, amount(self.sent)]))
         self.progress.console.print(describe(line, self.rounds), highlight=False, soft_wrap=True)
 
 
 def results(summaries: Sequence[Mapping[str, Any]]) -> Table:
     """One row a run: client accuracy, what guessing would score, bytes a client sends and receives a round, seconds."""
     table = Table(
-        title="accuracy over clients, on each client's own test examples, after aggregation",
-        title_justify="left",
-    )
-    for heading in (
-        "method",
-        "rounds",
-        "clients",
-        "mean",
-        "worst",
-        "best",
-        "guess",
-        "bytes up",
-        "bytes down",
-        "seconds",
-    ):
-        table.add_column(heading, justify="left" if heading == "method" else "right")
+        title="accuracy over clients on their own test examples; bytes a client and round",
+        title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True,
+    )  # fmt: skip
+    for heading in ("method", "rounds", "clients", "mean", "worst", "best", "guess", "up", "down", "seconds"):
+        table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
     for summary in summaries:
         score = summary["accuracy"]
         values = ["-"] * 3 if score is None else [f"{score[k]:.3f}" for k in ("mean", "worst", "best")]
@@ -129,12 +145,17 @@ def results(summaries: Sequence[Mapping[str, Any]]) -> Table:
 
 def clients(summary: Mapping[str, Any], most: int = 20) -> Table:
     """One row a client: examples, what guessing its largest class scores, accuracy before and after aggregation."""
-    table = Table(title=f"{summary['method']}: each client", title_justify="left")
+    among = list(summary["client_table"].items())
+    rest = f" (the first {most} of {len(among)})" if len(among) > most else ""
+    table = Table(
+        title=f"{summary['method']}: each client{rest}",
+        title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True,
+    )  # fmt: skip
     for heading in ("client", "train", "test", "largest class", "guess", "local", "aggregated"):
         table.add_column(heading, justify="left" if heading in ("client", "largest class") else "right")
     after = (summary["accuracy"] or {}).get("clients", {})
     local = (summary["accuracy_local"] or {}).get("clients", {})
-    for client, about in list(summary["client_table"].items())[:most]:
+    for client, about in among[:most]:
         counts = about["labels"]
         largest = summary["labels"][counts.index(max(counts))]
         table.add_row(
@@ -151,3 +172,7 @@ def amount(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
+
+
+def _bytes(line: Mapping[str, Any]) -> int:
+    return sum(sum(line["bytes"][way].values()) for way in ("up", "down"))

@@ -5,9 +5,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedtri import server
-from fedtri.types import Answer, Method, Phase, ServerState, Transport
-
+from fedtri import fidelity, server
+from fedtri.types import POOLED, Answer, Method, Phase, ServerState, Transport
 
 LOGGED_CLIENTS = 100
 
@@ -45,7 +44,7 @@ def run(
     on_phase: Callable[[int, Phase, Sequence[str]], None] = lambda round, phase, clients: None,
 ) -> Iterator[Progress]:
     """Run the rounds that are left after `state`; `history` holds the lines of the rounds before it."""
-    state = state or ServerState()
+    state = (state or ServerState()).with_(ranks=expected.ranks, alpha=expected.alpha)
     clients = transport.clients()
     lines = list(history)
     while state.round < schedule.rounds and not _enough(lines, schedule.patience):
@@ -53,22 +52,24 @@ def run(
         chosen = server.sample(clients, schedule.fraction, state.round, schedule.seed)
         if method.needs_sketch and (new := [c for c in chosen if c not in state.sketches]):
             state = server.sketched(method, state, [a.reply for a in record.ask(state, new, "sketch")])
-        trained = record.ask(state, chosen, "train")
-        state = server.delivered(state, chosen)
+        trainers = [POOLED] if method.pooled else chosen
+        trained = record.ask(state, trainers, "train")
+        state = server.delivered(state, trainers)
         began = time.perf_counter()
         replies, refused = server.accept([a.reply for a in trained], method.plan(state.round).up, expected)
-        state = server.server_step(method, state, replies)
+        before, state = state, server.server_step(method, state, replies)
+        more = matrices(state) | fidelity.logged(before, state, replies)
         record.seconds["aggregate"] += time.perf_counter() - began
         last = state.round >= schedule.rounds
         after: list[Answer] = []
         if schedule.evaluate or last:
             after = record.ask(state, clients if last else chosen, "evaluate")
             state = server.delivered(state, [a.reply.client for a in after])
-        line = record.line(chosen, trained, after, refused) | matrices(state)
+        line = record.line(chosen, trained, after, refused) | more
         if not last and _enough([*lines, line], schedule.patience) and len(chosen) < len(clients):
             rest = record.ask(state, sorted(set(clients) - set(chosen)), "evaluate")
             state = server.delivered(state, [a.reply.client for a in rest])
-            line = record.line(chosen, trained, after + rest, refused) | matrices(state)
+            line = record.line(chosen, trained, after + rest, refused) | more
         lines.append(line)
         yield Progress(state.round, line, state, last or _enough(lines, schedule.patience))
 
@@ -115,6 +116,7 @@ class _Round:
             "loss": sum(train_loss.values()) / len(train_loss),
             "accuracy": spread(metric(after, "accuracy")),
             "accuracy_local": spread(metric(trained, "accuracy")),
+            **({"accuracy_personal": spread(personal)} if (personal := metric(trained, "accuracy_personal")) else {}),
             "test_loss": spread(metric(after, "loss"), higher_is_better=False),
             "test_loss_local": spread(metric(trained, "loss"), higher_is_better=False),
             "bytes": {"up": self.up, "down": self.down, **({"sketch": self.sketch} if self.sketch else {})},

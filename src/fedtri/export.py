@@ -3,16 +3,20 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from fedtri.adapter import Cohort, TriLinear, effective_update
+from fedtri.adapter import Cohort, Kind, TriLinear, core_of, effective_update, weight_of
 from fedtri.errors import FedtriError
 from fedtri.models import Conv1D
 from fedtri.types import Factors, Key, Layout
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 PREFIX = "base_model.model."
 
@@ -26,26 +30,33 @@ def write_peft(
     base_model: str,
     task_type: str = "SEQ_CLS",
 ) -> None:
-    """Write adapter_config.json and adapter_model.safetensors of a plain LoRA with B·C as lora_B.
+    """Write adapter_config.json and adapter_model.safetensors of a LoRA with B·C as lora_B, of DoRA, or of HiRA.
 
-    The folder is made whole or not at all; one that exists is not touched (FedtriError).
+    The folder is made whole or not at all; one that exists is not touched (FedtriError). Raises FedtriError too where
+    PEFT has no format for what the client has: see `unexportable`.
     """
-    from peft import LoraConfig
-
     layout = cohort.layout
+    if reason := unexportable(layout):
+        raise FedtriError(f"{reason}; write the whole model with --merge")
     if folder.exists() and any(folder.iterdir()):
         raise FedtriError(f"{folder}: exists already and is not empty; choose another folder")
     rank = next(value.shape[0] for key, value in factors.items() if key.factor == "A")
     tensors: dict[str, Tensor] = {}
     for layer in layout.layers:
-        A, C, B = (factors[Key(layer.name, f)] for f in "ACB")
-        tensors[f"{PREFIX}{layer.name}.lora_A.weight"] = A.contiguous()
-        tensors[f"{PREFIX}{layer.name}.lora_B.weight"] = (B @ C).contiguous()
+        A, B = (factors[Key(layer.name, f)] for f in "AB")
+        BC, at = B @ core_of(factors, layer.name), f"{PREFIX}{layer.name}"
+        if cohort.kind == "hira":  # PEFT's HiRA has no alpha, and keeps bare parameters
+            tensors |= {f"{at}.hira_A": A.contiguous(), f"{at}.hira_B": (BC * (alpha / rank)).contiguous()}
+            continue
+        tensors |= {f"{at}.lora_A.weight": A.contiguous(), f"{at}.lora_B.weight": BC.contiguous()}
+        if cohort.kind == "dora":
+            tensors[f"{at}.lora_magnitude_vector"] = factors[Key(layer.name, "M")].contiguous()
     for name, _ in layout.head:
         tensors[f"{PREFIX}{name}"] = factors[Key(name, "H")].contiguous()
-    config = LoraConfig(
+    config = _peft_config(
+        cohort,
+        alpha,
         r=rank,
-        lora_alpha=int(alpha) if alpha == int(alpha) else alpha,  # pyright: ignore[reportArgumentType]
         target_modules=_target_modules(cohort),
         modules_to_save=sorted({name.split(".")[0] for name, _ in layout.head}) or None,
         fan_in_fan_out=isinstance(cohort.layer(layout.layers[0].name).base, Conv1D),
@@ -59,6 +70,28 @@ def write_peft(
     safetensors.torch.save_file(tensors, part / "adapter_model.safetensors", metadata={"format": "pt"})
     folder.parent.mkdir(parents=True, exist_ok=True)
     part.replace(folder)
+
+
+def unexportable(layout: Layout) -> str | None:
+    """Why PEFT has no format for a client's tensors, or None where it has."""
+    if layout.backbone:
+        return "export: the whole model was trained, there is no adapter"
+    if "W" in layout.extra:
+        return "export: this method adds a dense update to the weights, which no adapter of low rank can hold"
+    return None
+
+
+def _peft_config(cohort: Cohort, alpha: float, **common: Any) -> "PeftConfig":
+    if cohort.kind == "hira":
+        try:
+            from peft import HiraConfig
+        except ImportError:
+            raise FedtriError("export: HiRA needs peft 0.20 or newer; or write the whole model with --merge") from None
+        return HiraConfig(**common)
+    from peft import LoraConfig
+
+    whole = int(alpha) if alpha == int(alpha) else alpha
+    return LoraConfig(lora_alpha=whole, use_dora=cohort.kind == "dora", **common)  # pyright: ignore[reportArgumentType]
 
 
 def read_peft(folder: str | Path, layout: Layout, rank: int, alpha: float) -> dict[Key, Tensor]:
@@ -92,17 +125,23 @@ def read_peft(folder: str | Path, layout: Layout, rank: int, alpha: float) -> di
     return found
 
 
-def merge(model: nn.Module, factors: Mapping[Key, Tensor], layout: Layout, scale: float) -> nn.Module:
-    """The plain model with s·B·C·A added to its weights and the client's head in place (changed in place)."""
+def merge(
+    model: nn.Module, factors: Mapping[Key, Tensor], layout: Layout, scale: float, kind: Kind = "lora"
+) -> nn.Module:
+    """The plain model with the client's update in its weights and its head in place (changed in place)."""
     with torch.no_grad():
         for layer in layout.layers:
             base = model.get_submodule(layer.name)
-            update = effective_update(factors, layer.name, scale)
-            weight = base.weight
-            assert isinstance(weight, Tensor)
-            weight += (update.mT if isinstance(base, Conv1D) else update).to(weight)
-        for name, _ in layout.head:
-            model.get_parameter(name).copy_(factors[Key(name, "H")])
+            weight, update = weight_of(base), effective_update(factors, layer.name, scale)
+            tuned = weight + (weight * update if kind == "hira" else update).to(weight)
+            if (W := factors.get(Key(layer.name, "W"))) is not None:
+                tuned = tuned + W.to(weight)
+            if kind == "dora":
+                M = factors[Key(layer.name, "M")].to(weight)
+                tuned = tuned * (M / torch.linalg.vector_norm(tuned, dim=1))[:, None]
+            weight.copy_(tuned)
+        for key in layout.keys(frozenset("PH")):
+            model.get_parameter(key.layer).copy_(factors[key])
     return model
 
 

@@ -1,14 +1,14 @@
 """From a configuration to a federation that can run: model, data, method, clients and transport."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from fedtri import adapter, methods, models
+from fedtri import adapter, fedopt, methods, models
 from fedtri.client import Site
 from fedtri.config import Config
 from fedtri.data import Pool, load_pool
@@ -16,12 +16,13 @@ from fedtri.data.partition import Split, partition
 from fedtri.engine import Schedule
 from fedtri.errors import FedtriError
 from fedtri.export import read_peft
-from fedtri.server import Expectation
+from fedtri.seeds import derive
+from fedtri.server import Expectation, sample
 from fedtri.store import ClientStore
 from fedtri.tasks import text_classification as text
 from fedtri.train import Optimization
 from fedtri.transport.local import LocalTransport
-from fedtri.types import Key, Method
+from fedtri.types import POOLED, Key, Method
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ class Federation:
         table = {}
         labels = self.site.examples.labels
         assert labels is not None
-        for client, split in self.site.splits.items():
+        for client in self.transport.clients():
+            split = self.site.splits[client]
             counts = np.bincount(labels[split.train], minlength=len(self.label_names))
             table[client] = {
                 "train": len(split.train),
@@ -56,42 +58,85 @@ class Federation:
 
 def build(config: Config, store: ClientStore) -> Federation:
     """The federation a config describes, its clients' tensors kept in `store`. Raises FedtriError on bad input."""
-    method = methods.build(config.method, config.method_options, config.head)
+    method = choose_method(config)
     pool = load_pool(
         config.data, text_columns=config.text_columns, label_column=config.label_column,
         limit=config.data_options.limit, seed=config.seed,
     )  # fmt: skip
     shares = (config.split.train, config.split.validation, config.split.test)
     splits = partition(pool, spec=config.partition, clients=config.clients, seed=config.seed, fractions=shares)
-    cohort, tokenizer, head = load_cohort(
-        config, pool.label_names, min(len(splits), config.simulation.cohort or len(splits))
-    )
+    ranks = client_ranks(config.rank, sorted(splits), config.seed)
+    clients = 1 if "P" in method.extra else min(len(splits), config.simulation.cohort or len(splits))
+    cohort, tokenizer, head = load_cohort(config, pool.label_names, clients, max(ranks.values()))
     return assemble(config, method, pool, splits, cohort, tokenizer, head, store)
 
 
+def choose_method(config: Config) -> Method:
+    """The method a config describes, with its options, head, kind of adapter and server optimiser."""
+    server = config.server
+    method = methods.build(config.method, config.method_options, config.head, config.adapter)
+    if server.optimizer != "none":
+        betas = (server.betas[0], server.betas[1])
+        step = fedopt.optimizer(server.optimizer, learning_rate=server.learning_rate, betas=betas)
+        method = methods.with_optimizer(method, step)
+    if not isinstance(config.rank, int) and not method.mixed_ranks:
+        raise FedtriError(
+            f"rank: {method.name} needs one rank for all clients, got {config.rank!r}; give one number, or choose of "
+            f"{', '.join(name for name in methods.METHODS if methods.build(name).mixed_ranks)}"
+        )
+    return method
+
+
+def client_ranks(rank: int | list[int] | str, clients: Sequence[str], seed: int) -> dict[str, int]:
+    """Every client's rank: one for all, one each in the order of their names, or "uniform:LOW,HIGH".
+
+    The last draws an integer from LOW to HIGH, both included and equally likely, from the run's seed and the client's
+    name. Raises FedtriError where the list is not as long as the clients are many, or LOW is above HIGH.
+    """
+    if isinstance(rank, int):
+        return dict.fromkeys(clients, rank)
+    if isinstance(rank, list):
+        if len(rank) != len(clients):
+            raise FedtriError(f"rank: expected {len(clients)} ranks, one a client, got {len(rank)}")
+        return dict(zip(clients, rank, strict=True))
+    low, high = (int(part) for part in rank.removeprefix("uniform:").split(","))
+    if low > high:
+        raise FedtriError(f"rank: expected uniform:LOW,HIGH with LOW up to HIGH, got {rank!r}")
+    return {client: low + derive(seed, "rank", client) % (high - low + 1) for client in clients}
+
+
 def load_cohort(
-    config: Config, label_names: tuple[str, ...], clients: int
+    config: Config, label_names: tuple[str, ...], clients: int, rank: int
 ) -> tuple[adapter.Cohort, PreTrainedTokenizerBase, Mapping[Key, Tensor]]:
-    """The model with room for `clients` clients' factors, its tokenizer, and the head everyone starts from."""
+    """The model with room for `clients` clients' factors, its tokenizer, and the head everyone starts from.
+
+    Beside the head stand the tensors that start as the model has them: DoRA's magnitudes, a backbone that learns.
+    """
     model, tokenizer, fresh = text.load(config.model, label_names)
+    method = choose_method(config)
     head = models.initial_head(model, fresh, config.seed)
     cohort = adapter.Cohort(
         model.to(_device(config.device)),
-        targets=models.find_targets(model, config.targets),
+        targets=[] if "P" in method.extra else models.find_targets(model, config.targets),
         head=models.head_layers(model),
         clients=clients,
-        rank=config.rank,
+        rank=rank,
+        kind=config.adapter,
+        extra=method.extra,
+        heads=method.heads,
     )
-    return cohort, tokenizer, head
+    return cohort, tokenizer, {**head, **cohort.initial()}
 
 
-def start(config: Config, cohort: adapter.Cohort, head: Mapping[Key, Tensor], basis: str) -> dict[Key, Tensor]:
-    """What every client starts from: the seed's factors, or an existing PEFT adapter's A and B with C = I."""
-    factors = adapter.initial_factors(cohort.layout, head, rank=config.rank, seed=config.seed, basis=basis)
+def start(
+    config: Config, cohort: adapter.Cohort, head: Mapping[Key, Tensor], basis: str, rank: int
+) -> dict[Key, Tensor]:
+    """What every client of this rank starts from: the seed's factors, or a PEFT adapter's A and B with C = I."""
+    factors = adapter.initial_factors(cohort.layout, head, rank=rank, seed=config.seed, basis=basis)
     if config.init_adapter is not None:
         if basis != "kaiming":
             raise FedtriError("init_adapter: this method freezes A and B in a basis of its own; leave init_adapter out")
-        factors |= read_peft(config.init_adapter, cohort.layout, config.rank, config.lora_alpha)
+        factors |= read_peft(config.init_adapter, cohort.layout, rank, config.lora_alpha)
     return factors
 
 
@@ -109,17 +154,23 @@ def assemble(
     columns = pool.table.column_names
     labels = np.asarray(pool.table["label"])
     pairs = pool.table["text_pair"] if "text_pair" in columns else None
-    first = start(config, cohort, head, method.basis)
+    ranks = client_ranks(config.rank, sorted(splits), config.seed)
+    first = {rank: start(config, cohort, head, method.basis, rank) for rank in set(ranks.values())}
+    local = optimization(config)
+    if method.pooled:
+        taking_part = len(sample(sorted(splits), config.fraction, 0, config.seed))
+        local = replace(local, steps=local.steps and local.steps * taking_part)
+        splits, ranks = {**splits, POOLED: _pooled(splits)}, {**ranks, POOLED: max(ranks.values())}
     site = Site(
         cohort=cohort,
         task=text.TextClassification(len(pool.label_names)),
         examples=text.tokenize(tokenizer, pool.table["text"], pairs, labels, config.max_length),
         splits=splits,
-        ranks=dict.fromkeys(splits, config.rank),
+        ranks=ranks,
         alpha=config.lora_alpha,
         method=method,
-        optimization=optimization(config),
-        initial=lambda client: first,
+        optimization=local,
+        initial=lambda client: first[ranks[client]],
         store=store,
         seed=config.seed,
         evaluate=config.evaluate,
@@ -133,11 +184,17 @@ def assemble(
         method=method,
         site=site,
         transport=LocalTransport(site, config.wire.dtype),
-        expected=Expectation(cohort.layout, site.ranks, config.wire.norm_bound),
+        expected=Expectation(cohort.layout, site.ranks, config.wire.norm_bound, config.lora_alpha),
         schedule=Schedule(config.rounds, config.fraction, config.seed, config.evaluate, config.early_stopping.patience),
         tokenizer=tokenizer,
         label_names=pool.label_names,
     )
+
+
+def _pooled(splits: Mapping[str, Split]) -> Split:
+    """Everyone's training examples; nobody's validation and test, on which the clients are scored one by one."""
+    none = np.empty(0, np.int64)
+    return Split(np.concatenate([split.train for split in splits.values()]), none, none)
 
 
 def optimization(config: Config) -> Optimization:
@@ -157,5 +214,7 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise FedtriError(f"device: {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
+        raise FedtriError(
+            f"device: {name!r} cannot be used here: {str(error).splitlines()[0]}; use auto or cpu"
+        ) from None
     return device

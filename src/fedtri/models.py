@@ -34,9 +34,12 @@ ATTENTION = {
     "clip": ("q_proj", "v_proj"),
     "clip_vision_model": ("q_proj", "v_proj"),
     "clip_text_model": ("q_proj", "v_proj"),
-    "vit": ("query", "value"),
+    "vit": ("query", "value", "q_proj", "v_proj"),
 }
-"""Query and value of the attention, by `config.model_type`: what "auto" adapts (fused q·k·v where they are one)."""
+"""Query and value of the attention, by `config.model_type`: what "auto" adapts (fused q·k·v where they are one).
+
+ViT's were renamed within transformers 5: of several names, those that the model has.
+"""
 
 
 def locate(model: str) -> str:
@@ -77,7 +80,7 @@ def find_targets(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
                 f'targets: "auto" does not know architecture {kind!r} (known: {", ".join(sorted(ATTENTION))}); '
                 f"name layers yourself, candidates: {', '.join(_suffixes(linear))}"
             )
-        targets = ATTENTION[kind]
+        targets = [t for t in ATTENTION[kind] if t in _suffixes(linear)] or ATTENTION[kind]
     elif isinstance(targets, str) and re.fullmatch(r"[\w.]+(\s*,\s*[\w.]+)*", targets):
         targets = [part.strip() for part in targets.split(",")]
     if isinstance(targets, str):

@@ -8,8 +8,9 @@ import fcntl
 import json
 import os
 import platform
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -29,51 +30,99 @@ PACKAGES = (
 )
 
 
-def create(out: str | None, method: str) -> Path:
-    """A new run's folder: the one asked for, which must be empty or absent, or the next free runs/METHOD-N."""
-    if out is None:
-        number = 1
-        while (path := Path("runs") / f"{method}-{number}").exists():
-            number += 1
-    else:
-        path = Path(out)
-        if path.exists() and not path.is_dir():
-            raise FedtriError(f"out: {out} is a file; expected a folder that is empty or does not exist")
-        if path.exists() and (present := [p.name for p in path.iterdir() if p.name != ".lock"]):
-            if _busy(path):
-                raise FedtriError(f"out: {out} is in use by a running run; choose another folder")
-            todo = f"continue it with `fedtri resume {out}`" if "config.toml" in present else "nothing is overwritten"
-            raise FedtriError(f"out: {out} is not empty ({min(present)} is there); choose another folder, or {todo}")
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FedtriError(f"out: {path} cannot be made: {error.strerror}") from None
-    return path
+@contextmanager
+def created(out: str | None, method: str) -> Iterator[Path]:
+    """Hold a new run's folder: the one asked for, which must be empty or absent, or the next free runs/METHOD-N.
+
+    A run that fails before its first checkpoint leaves nothing behind, so that its mistake can be corrected and the
+    same folder asked for again. An interrupted one stays, for `resume`, once its configuration is written.
+    """
+    path = _new(out, method)
+    with locked(path):
+        try:
+            yield path
+        except KeyboardInterrupt:
+            if not _is_run(path):
+                _clear(path)
+            raise
+        except Exception:
+            if not any(path.glob("checkpoints/*.json")):
+                _clear(path)
+            raise
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold the folder for writing; the lock goes with the process. Raises FedtriError where another holds it."""
-    with (path / ".lock").open("w") as file:
+    """Hold the folder for writing; the lock goes with the process. Raises FedtriError where another holds it.
+
+    A KeyboardInterrupt inside leaves with how to go on as its message.
+    """
+    try:
+        file = (path / ".lock").open("a")
+    except OSError as error:
+        raise FedtriError(f"{path}: cannot be written to: {error.strerror}; choose another folder") from None
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise FedtriError(f"{path}: is in use by a running run; wait for it or choose another folder") from None
-        yield
+        try:
+            yield
+        except KeyboardInterrupt:
+            if _is_run(path):
+                raise KeyboardInterrupt(f"interrupted; go on from the last round with: fedtri resume {path}") from None
+            raise
 
 
-def _busy(path: Path) -> bool:
-    try:
+def _new(out: str | None, method: str) -> Path:
+    number = 1
+    while True:
+        path = Path("runs") / f"{method}-{number}" if out is None else Path(out).expanduser()
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            if out is not None:
+                return _empty(path)
+            number += 1
+        except OSError as error:
+            raise FedtriError(f"out: {path} cannot be made: {error.strerror}; choose another folder") from None
+        else:
+            return path
+
+
+def _empty(path: Path) -> Path:
+    if not path.is_dir():
+        raise FedtriError(f"out: {path} is a file, expected a folder that is empty or does not exist; choose another")
+    present = {p.name for p in path.iterdir()}
+    if ".lock" in present:
         with locked(path):
-            return False
-    except FedtriError:
-        return True
+            pass
+    if not present - {".lock"}:
+        return path
+    if _is_run(path):
+        raise FedtriError(f"out: {path} holds a run; continue it with `fedtri resume {path}` or choose another folder")
+    raise FedtriError(f"out: {path} is not empty ({min(present)} is there), expected an empty or new folder")
+
+
+def _clear(path: Path) -> None:
+    for entry in path.iterdir():
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+    with suppress(OSError):  # the folder one stands in
+        path.rmdir()
+
+
+def _is_run(path: Path) -> bool:
+    return (path / "config.toml").is_file()
 
 
 def require(path: Path) -> Path:
-    """The folder, where it holds a run."""
-    if not (path / "config.toml").is_file():
-        raise FedtriError(f"{path}: is not a run directory: expected a config.toml in it")
+    """The folder, where it holds a run. Raises FedtriError for any other."""
+    if not _is_run(path):
+        found = "which is not there" if path.is_dir() else "and there is no such folder"
+        raise FedtriError(f"{path}: is not a run directory: expected a config.toml in it, {found}; check the path")
     return path
 
 
@@ -123,12 +172,15 @@ def read_summary(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise FedtriError(f"{path}: the run is not finished; continue it with `fedtri resume {path}`") from None
     except ValueError:
-        raise FedtriError(f"{path}/summary.json: is not JSON") from None
+        raise FedtriError(f"{path}/summary.json: is not JSON; was it edited?") from None
 
 
 def read_labels(path: Path) -> list[str]:
     """The names of the classes of a run, by id."""
-    return json.loads((path / "labels.json").read_text())
+    try:
+        return json.loads((path / "labels.json").read_text())
+    except (OSError, ValueError) as error:
+        raise FedtriError(f"{path}/labels.json: cannot be read: {error}; expected the names of the classes") from None
 
 
 def environment(device: str, seed: int, threads: int) -> dict[str, Any]:

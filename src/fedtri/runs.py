@@ -11,7 +11,7 @@ from fedtri import checkpoint, engine, rundir
 from fedtri import config as configuration
 from fedtri.config import Config
 from fedtri.errors import FedtriError
-from fedtri.export import write_peft
+from fedtri.export import unexportable, write_peft
 from fedtri.federation import Federation, build
 from fedtri.models import locate
 from fedtri.store import ClientStore
@@ -39,9 +39,8 @@ class Listener:
 
 def run(config: Config, listener: Listener = Listener()) -> Iterator[Progress]:
     """Run a configuration in a new run directory; yields after every round."""
-    folder = rundir.create(config.out, config.method)
-    config = config.model_copy(update={"out": str(folder)})
-    with rundir.locked(folder):
+    with rundir.created(config.out, config.method) as folder:
+        config = config.model_copy(update={"out": str(folder)})
         federation = build(config, ClientStore(folder / "clients"))
         rundir.write_text(folder / "config.toml", configuration.dumps(config))
         threads = torch.get_num_threads()
@@ -90,7 +89,9 @@ def _rounds(
 
 
 def export_all(folder: Path, federation: Federation) -> None:
-    """Every client's adapter in PEFT format under adapters/; those already there are left as they are."""
+    """Every client's adapter in PEFT format under adapters/, where it has one; those already there are left alone."""
+    if unexportable(federation.site.cohort.layout):
+        return
     for client in federation.transport.clients():
         target = folder / "adapters" / client
         if not target.exists():

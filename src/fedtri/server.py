@@ -21,6 +21,8 @@ class Expectation:
     ranks: Mapping[str, int]
     norm_bound: float = 1e4
     """The largest Frobenius norm a tensor of a reply may have."""
+    alpha: float = 1.0
+    """The numerator of every client's scale."""
 
     def shapes(self, client: str, kinds: frozenset[str]) -> dict[Key, tuple[int, ...]]:
         """The shapes of the tensors of these factors that this client has."""
@@ -52,7 +54,7 @@ def downlink(method: Method, state: ServerState, client: str) -> Factors:
     down = {key: state.shared[key] for key, changed in state.changed.items() if changed > have}
     if state.changed_personal.get(client, 0) > have:
         down |= state.personal[client]
-    return only(down, method.plan(state.round).down)
+    return combine.cut(only(down, method.plan(state.round).down), state.ranks.get(client))
 
 
 def delivered(state: ServerState, clients: Sequence[str]) -> ServerState:
@@ -69,17 +71,19 @@ def sketched(method: Method, state: ServerState, replies: Sequence[Reply]) -> Se
 
 
 def server_step(method: Method, state: ServerState, replies: Sequence[Reply]) -> ServerState:
-    """The next state: factors by the method, a head that travels by its mean; the order of replies changes nothing."""
+    """The next state: factors by the method, a head (or DoRA's magnitudes) that travels by its mean, and the server's
+    optimiser; the order of replies changes nothing.
+    """
     ordered = sorted(replies, key=lambda reply: reply.client)
-    state = state.with_(round=state.round + 1)
+    before, state = state, state.with_(round=state.round + 1)
     if not ordered:
         return state
-    up = method.plan(state.round - 1).up
-    if up - {"H"}:
+    up = method.plan(before.round).up
+    if up - {"H", "M"}:
         state = method.aggregate(state, ordered)
-    if "H" in up:
-        state = combine.share(state, combine.mean(ordered, frozenset("H")))
-    return state
+    if averaged := up & {"H", "M"}:
+        state = combine.share(state, combine.mean(ordered, averaged))
+    return method.optimize(before, state)
 
 
 def refuse(reply: Reply, up: frozenset[str], expected: Expectation) -> str | None:

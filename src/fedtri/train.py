@@ -16,8 +16,9 @@ from transformers.optimization import get_scheduler
 
 from fedtri.adapter import Cohort
 from fedtri.tasks import Examples, LearningTask, Scores
+from fedtri.types import Factors
 
-Rows = Int[np.ndarray, "rows"]
+Rows = Int[np.ndarray, "_"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ class Work:
     slot: int
     rows: Rows
     seed: int
+    anchor: Factors | None = None
+    """What a proximal pull pulls towards; None: what the slot holds at the start."""
 
 
 def minibatches(work: Work, how: Optimization) -> Iterator[Rows]:
@@ -177,13 +180,24 @@ def _to_device(batch: Mapping[str, Tensor], cohort: Cohort) -> dict[str, Tensor]
     return {name: value.to(device) for name, value in batch.items()}
 
 
+def _anchor(view: Tensor, value: Tensor | None) -> Tensor:
+    """A copy of the view, or of this value zero-padded to its shape."""
+    if value is None:
+        return view.detach().clone()
+    anchor = torch.zeros_like(view)
+    anchor[tuple(slice(n) for n in value.shape)] = value.to(view)
+    return anchor
+
+
 class _Learner:
     """One client's minibatches, optimiser and schedule over its slices of the stacked factors."""
 
     def __init__(self, cohort: Cohort, work: Work, how: Optimization, kinds: frozenset[str]) -> None:
         self.batches, self.how = minibatches(work, how), how
-        self.views = list(cohort.slices(work.slot, kinds).values())
-        self.anchor = [view.detach().clone() for view in self.views] if how.proximal else []
+        views = cohort.slices(work.slot, kinds)
+        self.views = list(views.values())
+        anchor = work.anchor or {}
+        self.anchor = [_anchor(view, anchor.get(key)) for key, view in views.items()] if how.proximal else []
         self.optimizer = torch.optim.AdamW(
             self.views, lr=how.learning_rate, betas=how.betas, weight_decay=how.weight_decay, fused=True
         )

@@ -6,24 +6,28 @@ A method decides which of these factors learn, which travel up, how the server c
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Int
 from torch import Tensor
 
-Factor = Literal["A", "C", "B", "H"]
-FACTORS: tuple[Factor, ...] = ("A", "C", "B", "H")
+Factor = Literal["A", "C", "B", "S", "M", "W", "P", "H"]
+FACTORS: tuple[Factor, ...] = ("A", "C", "B", "S", "M", "W", "P", "H")
+"""A, C, B: the adapter. S: a scalar for each of a core's heads. M: DoRA's magnitudes. W: a dense update added to W0.
+P: a parameter of the backbone itself, where there is no adapter. H: the task head."""
 
 
 class Key(NamedTuple):
-    """One tensor of one client: a layer (or a head parameter, for "H") and the factor."""
+    """One tensor of one client: a layer (or a parameter of the model, for "H" and "P") and the factor."""
 
     layer: str
     factor: str
 
 
 Factors = Mapping[Key, Tensor]
+POOLED = "pooled"
+"""The pseudo-client that holds everyone's training data, where a method asks for one."""
 
 
 def only(factors: Factors, kinds: frozenset[str]) -> dict[Key, Tensor]:
@@ -108,19 +112,35 @@ class Layout:
 
     layers: tuple[Layer, ...]
     head: tuple[tuple[str, tuple[int, ...]], ...]
+    backbone: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    """The model's own parameters, where these learn in place of an adapter."""
+    extra: str = ""
+    """Which of S, M and W an adapted layer has beside A, C and B."""
+    heads: int = 1
+    """C is block-diagonal with this many blocks, kept as the blocks alone, one under the other."""
+
+    @property
+    def factors(self) -> frozenset[str]:
+        """Every factor a client has."""
+        return frozenset("ACBH" + self.extra + ("P" if self.backbone else ""))
 
     def keys(self, kinds: frozenset[str]) -> list[Key]:
         """All keys of the given factors, factor by factor, in the model's order: the order on the wire."""
-        found = [Key(layer.name, f) for f in FACTORS if f in kinds and f != "H" for layer in self.layers]
-        return found + [Key(name, "H") for name, _ in self.head if "H" in kinds]
+        present = kinds & self.factors
+        found = [Key(layer.name, f) for f in FACTORS if f in present - {"P", "H"} for layer in self.layers]
+        found += [Key(name, "P") for name, _ in self.backbone if "P" in present]
+        return found + [Key(name, "H") for name, _ in self.head if "H" in present]
 
     def shapes(self, rank: int) -> dict[Key, tuple[int, ...]]:
         """The shape of every tensor of a client of this rank."""
         table: dict[Key, tuple[int, ...]] = {}
         for name, d_in, d_out in ((la.name, la.d_in, la.d_out) for la in self.layers):
             table[Key(name, "A")] = (rank, d_in)
-            table[Key(name, "C")] = (rank, rank)
+            table[Key(name, "C")] = (rank, rank // self.heads)
             table[Key(name, "B")] = (d_out, rank)
+            beside = {"S": (self.heads,), "M": (d_out,), "W": (d_out, d_in)}
+            table |= {Key(name, factor): beside[factor] for factor in self.extra}
+        table |= {Key(name, "P"): shape for name, shape in self.backbone}
         return table | {Key(name, "H"): shape for name, shape in self.head}
 
 
@@ -130,6 +150,7 @@ class ServerState:
 
     round: int = 0
     shared: Factors = field(default_factory=dict)
+    """What everyone is sent; where ranks differ, of the largest rank and its scale, cut to size on the way down."""
     personal: Mapping[str, Factors] = field(default_factory=dict)
     seen: Mapping[str, Factors] = field(default_factory=dict)
     """The last uplink of each client, kept by methods that mix over everyone they have seen."""
@@ -143,6 +164,18 @@ class ServerState:
     changed_personal: Mapping[str, int] = field(default_factory=dict)
     delivered: Mapping[str, int] = field(default_factory=dict)
     """The round up to which each client has been sent what is its own."""
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    """Every client's rank, from the configuration and not from the client's word."""
+    alpha: float = 1.0
+    """The numerator of every client's scale s = alpha / rank."""
+    memory: Mapping[str, Factors] = field(default_factory=dict)
+    """What a server optimiser keeps from round to round: its moments by name."""
+
+    def scale(self, reply: Reply) -> float:
+        """s_k = alpha / rank_k of the client that sent this (accepted) reply; 1 where there is no adapter."""
+        rank = next((value.shape[0] for key, value in reply.up.items() if key.factor in "AC"), None)
+        rank = self.ranks.get(reply.client, rank)
+        return 1.0 if rank is None else self.alpha / rank
 
     def with_(self, **changes: object) -> "ServerState":
         """A copy with some fields replaced."""
@@ -150,6 +183,16 @@ class ServerState:
 
 
 Aggregate = Callable[[ServerState, Sequence[Reply]], ServerState]
+
+
+@dataclass(frozen=True)
+class Personal:
+    """A personal copy of what learns, which never travels, held near what was received."""
+
+    proximal: float
+    """λ of λ/2 ‖personal − received‖²."""
+    pull: float | None = None
+    """None: trained beside the shared copy (Ditto). Else what goes up is received + pull · (personal − received)."""
 
 
 @dataclass(frozen=True)
@@ -167,6 +210,24 @@ class Method:
     """μ of a pull towards what was received, added to every local loss."""
     basis: Literal["kaiming", "orthonormal"] = "kaiming"
     """How the initial A (and, for "orthonormal", B) is drawn from the run's seed."""
+    extra: str = ""
+    """Factors beside A, C, B and H that a client has, of S, M and W; "P" for a method without adapters."""
+    heads: int = 1
+    """Blocks on the diagonal of C."""
+    adapters: tuple[str, ...] = ("lora",)
+    """The kinds of adapter it is defined for."""
+    mixed_ranks: bool = False
+    """Whether clients may differ in rank."""
+    fresh: bool = False
+    """Whether a client starts with a new A and B when a new W arrives."""
+    pooled: bool = False
+    """Whether one pseudo-client trains on everyone's data: a simulation only."""
+    personal: Personal | None = None
+    """A copy of the adapter for the client itself, beside the shared one."""
+    server_optimizer: bool = False
+    """Whether what the server shares is an average, so that FedAvgM or FedAdam may follow its direction."""
+    optimize: Callable[[ServerState, ServerState], ServerState] = lambda before, after: after
+    """The server's optimiser: (state before the round, state with the plain average) to the next state."""
 
 
 @dataclass(frozen=True)
@@ -178,6 +239,7 @@ class Answer:
     down: int
 
 
+@runtime_checkable
 class Transport(Protocol):
     """Carries tasks to clients and replies back; both directions pass through the wire format."""
 

@@ -85,7 +85,7 @@ def decode(data: bytes, layout: Layout, shapes: Shapes) -> Message:
     """The message in a buffer; every tensor must be one of `shapes`, of that very shape.
 
     Raises FedtriError in one line on a truncated or altered buffer, another version, another model's layout, a key
-    or shape that is not expected, or metrics that are not finite numbers. Half-precision numbers come back as float32.
+    or shape that is not expected, or metrics that are not named numbers. Half-precision numbers come back as float32.
     """
     if len(data) < HEADER.size + 4:
         raise FedtriError(f"wire: expected at least {HEADER.size + 4} bytes, got {len(data)}")
@@ -180,4 +180,7 @@ def _read_metrics(text: bytes) -> dict[str, float]:
         raise FedtriError("wire: the metrics are not JSON") from None
     if not isinstance(found, dict) or not all(isinstance(v, int | float) for v in found.values()):
         raise FedtriError("wire: the metrics are not named numbers")
-    return {str(k): float(v) for k, v in found.items()}
+    try:
+        return {str(k): float(v) for k, v in found.items()}
+    except OverflowError:
+        raise FedtriError("wire: the metrics hold a number too large for a float") from None

@@ -151,7 +151,7 @@ def natural(pool: Pool, spec: str, column: str, clients: int | None) -> dict[str
     ids = [re.sub(r"^\.", "%2E", quote(str(value), safe="")) for value in values]
     names = sorted(set(ids))
     if clients not in (None, len(names)):
-        raise FedtriError(f'clients: column "{column}" holds {len(names)} clients, got {clients}; set clients to that')
+        raise FedtriError(f'clients: column "{column}" holds {len(names)} clients, got {clients}; leave clients out')
     table = datasets.Dataset.from_dict({"row": np.arange(len(ids)), "client": ids})
     # Groups of one: NaturalIdPartitioner itself prints a progress bar.
     parts = load(GroupedNaturalIdPartitioner("client", 1, sort_unique_ids=True), table, len(names))

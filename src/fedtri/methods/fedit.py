@@ -16,4 +16,11 @@ def fedit() -> Method:
     def aggregate(state: ServerState, replies: Sequence[Reply]) -> ServerState:
         return combine.share(state, combine.mean(replies, frozenset("AB")))
 
-    return Method("fedit", "arXiv:2305.05644", lambda _: plan, aggregate)
+    return Method(
+        "fedit",
+        "arXiv:2305.05644",
+        lambda _: plan,
+        aggregate,
+        adapters=("lora", "dora", "hira"),
+        server_optimizer=True,
+    )

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -19,6 +19,7 @@ class Scores:
     correct: Float[Tensor, "batch"]
 
 
+@runtime_checkable
 class Examples(Protocol):
     """A pool turned into model inputs, once."""
 
@@ -42,6 +43,7 @@ class Examples(Protocol):
         ...
 
 
+@runtime_checkable
 class LearningTask(Protocol):
     """How one kind of task scores a batch and which features stand for an example."""
 

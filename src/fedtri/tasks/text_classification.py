@@ -1,12 +1,13 @@
 """Classifying texts or pairs of texts: tokenised once into flat arrays, cross-entropy, mean-pooled features."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
@@ -127,15 +128,34 @@ def load(model: str, label_names: Sequence[str]) -> tuple[nn.Module, PreTrainedT
                 ignore_mismatched_sizes=True, output_loading_info=True,
             )  # fmt: skip
             tokenizer = AutoTokenizer.from_pretrained(where)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise FedtriError(f"model: {model} cannot be loaded as a text classifier: {reason}") from None
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise FedtriError(
+            f"model: {model} cannot be loaded as a text classifier: {reason}; expected a folder or hub name with "
+            "config.json, weights and tokenizer"
+        ) from None
+    _check_whole(model, loaded, tokenizer, info["missing_keys"])
     if loaded.config.pad_token_id is None and tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if loaded.config.pad_token_id is None:
         loaded.config.pad_token_id = tokenizer.pad_token_id
     mismatched = {name for name, *_ in info["mismatched_keys"]}
     return loaded, tokenizer, set(info["missing_keys"]) | mismatched
+
+
+def _check_whole(model: str, loaded: nn.Module, tokenizer: PreTrainedTokenizerBase, missing: Collection[str]) -> None:
+    """transformers fills what a checkpoint lacks at random and invents an empty vocabulary; a run must not."""
+    backbone = f"{loaded.base_model_prefix}."
+    if lacking := sorted(name for name in missing if name.startswith(backbone)):
+        others = f" and {len(lacking) - 1} others" if len(lacking) > 1 else ""
+        raise FedtriError(
+            f"model: {model} has no weights for {lacking[0]}{others}, expected all of the backbone's; "
+            "choose a complete checkpoint"
+        )
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise FedtriError(f"model: {model} has no vocabulary, expected a tokenizer beside the weights; save one there")
+    if tokenizer.model_max_length > 1e6:  # it says none: then the model's positions, of which some reserve two
+        tokenizer.model_max_length = getattr(loaded.config, "max_position_embeddings", 10**6) - 2
 
 
 @contextmanager

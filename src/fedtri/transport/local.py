@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from fedtri import sketch, wire
 from fedtri.client import Site, client_update
-from fedtri.types import Answer, Key, Reply, Task
+from fedtri.types import POOLED, Answer, Key, Reply, Task
 
 
 class LocalTransport:
@@ -16,7 +16,7 @@ class LocalTransport:
 
     def clients(self) -> list[str]:
         """The ids of the site's clients, sorted."""
-        return sorted(self.site.splits)
+        return sorted(client for client in self.site.splits if client != POOLED)
 
     def exchange(self, tasks: Sequence[Task]) -> list[Answer]:
         """Encode each task, answer it in cohorts, and decode each reply's bytes."""

@@ -1,0 +1,16 @@
+"""Centralized: one pseudo-client trains on everyone's data; the ceiling. A simulation: the data leave their owners."""
+
+from collections.abc import Sequence
+
+from fedtri import combine
+from fedtri.types import Method, Plan, Reply, ServerState
+
+
+def centralized() -> Method:
+    """Learns A, B and H on the pooled training data; every client is evaluated with the result."""
+    plan = Plan.of(train="ABH", up="ABH", down="ABH")
+
+    def aggregate(state: ServerState, replies: Sequence[Reply]) -> ServerState:
+        return combine.share(state, combine.mean(replies, frozenset("AB")))
+
+    return Method("centralized", "", lambda _: plan, aggregate, pooled=True)

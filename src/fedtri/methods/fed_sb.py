@@ -1,0 +1,19 @@
+"""Fed-SB: only the r x r core learns, between frozen orthonormal A and B, so its mean is exact. arXiv:2502.15436.
+
+Σ p_k B C_k A = B (Σ p_k C_k) A.
+"""
+
+from collections.abc import Sequence
+
+from fedtri import combine
+from fedtri.types import Method, Plan, Reply, ServerState
+
+
+def fed_sb() -> Method:
+    """Learns, sends and receives C and H; C starts at 0, A and B are derived from the run's seed."""
+    plan = Plan.of(train="CH", up="CH", down="CH")
+
+    def aggregate(state: ServerState, replies: Sequence[Reply]) -> ServerState:
+        return combine.share(state, combine.mean(replies, frozenset("C")))
+
+    return Method("fed_sb", "arXiv:2502.15436", lambda _: plan, aggregate, basis="orthonormal", server_optimizer=True)

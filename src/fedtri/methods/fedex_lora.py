@@ -1,0 +1,26 @@
+"""FedEx-LoRA: the means of A and B, and what they miss of the mean product as a dense residual. arXiv:2410.09432.
+
+W ← W + s (Σ p_k B_kA_k − B̄Ā), so that W + s B̄Ā is the exact mean of the clients' updates.
+"""
+
+from collections.abc import Sequence
+
+from fedtri import combine, linalg
+from fedtri.types import Key, Method, Plan, Reply, ServerState
+
+
+def fedex_lora() -> Method:
+    """Learns and sends A, B and H; receives Ā, B̄, H and the dense running total W."""
+    plan = Plan.of(train="ABH", up="ABH", down="ABWH")
+
+    def aggregate(state: ServerState, replies: Sequence[Reply]) -> ServerState:
+        weights, total, means = combine.example_weights(replies), {}, {}
+        for group in combine.pairs(state, replies):
+            B, A = combine.mean_of(group.B, weights), combine.mean_of(group.A, weights)
+            left, right = linalg.stacked(group.B.double(), group.A.double(), weights)
+            total |= combine.add_dense(state, group, left @ right - B.double() @ A.double())
+            for i, layer in enumerate(group.layers):
+                means |= {Key(layer, "A"): A[i], Key(layer, "B"): B[i]}
+        return combine.share(state, means | total)
+
+    return Method("fedex_lora", "arXiv:2410.09432", lambda _: plan, aggregate, extra="W")

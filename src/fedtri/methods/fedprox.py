@@ -1,0 +1,19 @@
+"""FedProx: FedIT with every client held near what it received, by + μ/2 ‖θ − θ_received‖². arXiv:1812.06127."""
+
+from collections.abc import Sequence
+
+from fedtri import combine
+from fedtri.errors import FedtriError
+from fedtri.types import Method, Plan, Reply, ServerState
+
+
+def fedprox(*, mu: float = 0.01) -> Method:
+    """Learns, sends and receives A, B and H; mu weighs the pull, over every factor that learns."""
+    if mu < 0:
+        raise FedtriError(f"method_options.mu: expected 0 or more, got {mu}")
+    plan = Plan.of(train="ABH", up="ABH", down="ABH")
+
+    def aggregate(state: ServerState, replies: Sequence[Reply]) -> ServerState:
+        return combine.share(state, combine.mean(replies, frozenset("AB")))
+
+    return Method("fedprox", "arXiv:1812.06127", lambda _: plan, aggregate, proximal=mu, server_optimizer=True)

@@ -1,0 +1,36 @@
+"""FlexLoRA: the mean of the products, cut by SVD to each client's own rank. arXiv:2402.11505.
+
+M = Σ p_k s_k B_kA_k; client k gets the best approximation of M of rank r_k.
+"""
+
+from collections.abc import Sequence
+
+from fedtri import combine, linalg
+from fedtri.types import Method, Plan, Reply, ServerState
+
+
+def flexlora(*, align: bool = False) -> Method:
+    """Learns, sends and receives A, B and H, of any ranks.
+
+    align: rotate the new pair to the basis of the round before (Procrustes), so that an SVD does not turn the factors
+    under the clients' feet; needs one rank for all, as a rotated pair cannot be cut.
+    """
+    plan = Plan.of(train="ABH", up="ABH", down="ABH")
+
+    def aggregate(state: ServerState, replies: Sequence[Reply]) -> ServerState:
+        weights = combine.example_weights(replies)
+
+        def solve(group: combine.Pairs) -> combine.Pair:
+            B, A = linalg.best_low_rank(group.B, group.A, weights, group.A.shape[2])
+            return combine.aligned(state, group, B, A) if align else (B, A)
+
+        return combine.share_pairs(state, replies, solve)
+
+    return Method(
+        "flexlora",
+        "arXiv:2402.11505",
+        lambda _: plan,
+        aggregate,
+        adapters=("lora", "dora", "hira"),
+        mixed_ranks=not align,
+    )

@@ -1,0 +1,26 @@
+"""FLoRA: the clients' pairs are stacked, so their mean product is exact; it joins the base model. arXiv:2409.05976.
+
+W ← W + Σ p_k s_k B_kA_k = W + [p_1s_1B_1 … p_ms_mB_m][A_1; …; A_m]: the weight sits on one side only.
+"""
+
+from collections.abc import Sequence
+
+from fedtri import combine, linalg
+from fedtri.types import Method, Plan, Reply, ServerState
+
+
+def flora() -> Method:
+    """Learns A, B and H, of any ranks, and sends them; receives the dense running total W and H.
+
+    When a new W arrives, a client starts with a fresh A, drawn for that round, and B = 0.
+    """
+    plan = Plan.of(train="ABH", up="ABH", down="WH")
+
+    def aggregate(state: ServerState, replies: Sequence[Reply]) -> ServerState:
+        total = {}
+        for group in combine.pairs(state, replies):
+            left, right = linalg.stacked(group.B.double(), group.A.double(), combine.example_weights(replies))
+            total |= combine.add_dense(state, group, left @ right)
+        return combine.share(state, total)
+
+    return Method("flora", "arXiv:2409.05976", lambda _: plan, aggregate, extra="W", fresh=True, mixed_ranks=True)

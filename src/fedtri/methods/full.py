@@ -1,0 +1,16 @@
+"""Full fine-tuning by FedAvg: the whole model learns, travels and is averaged; what adapters save. arXiv:1602.05629."""
+
+from collections.abc import Sequence
+
+from fedtri import combine
+from fedtri.types import Method, Plan, Reply, ServerState
+
+
+def full() -> Method:
+    """Learns, sends and receives every parameter of the model (P) and H; one client at a time in memory."""
+    plan = Plan.of(train="PH", up="PH", down="PH")
+
+    def aggregate(state: ServerState, replies: Sequence[Reply]) -> ServerState:
+        return combine.share(state, combine.mean(replies, frozenset("P")))
+
+    return Method("full", "arXiv:1602.05629", lambda _: plan, aggregate, extra="P", server_optimizer=True)

@@ -1,0 +1,28 @@
+"""HetLoRA: clients of different rank, zero-padded and averaged with weights ∝ ‖B_kA_k‖_F. arXiv:2401.06432.
+
+w_k = ‖s_kB_kA_k‖_F / Σ_j ‖s_jB_jA_j‖_F in each layer; client k gets the first r_k rows of Ā and columns of B̄.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from fedtri import combine, linalg
+from fedtri.types import Method, Plan, Reply, ServerState
+
+
+def hetlora() -> Method:
+    """Learns, sends and receives A, B and H, of any ranks; the number of examples plays no part, but for H."""
+    plan = Plan.of(train="ABH", up="ABH", down="ABH")
+
+    def aggregate(state: ServerState, replies: Sequence[Reply]) -> ServerState:
+        def solve(group: combine.Pairs) -> combine.Pair:
+            norms = linalg.product_norm(group.B, group.A)  # (layers, m)
+            total = norms.sum(1, keepdim=True)
+            weights = torch.where(total > 0, norms / total, 1 / len(replies))
+            B, A = (torch.einsum("lk,lkab->lab", weights, X.double()).to(X.dtype) for X in (group.B, group.A))
+            return B, A
+
+        return combine.share_pairs(state, replies, solve)
+
+    return Method("hetlora", "arXiv:2401.06432", lambda _: plan, aggregate, mixed_ranks=True)

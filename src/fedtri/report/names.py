@@ -1,0 +1,61 @@
+"""The names the papers give their methods, and numbers as people read them."""
+
+import math
+
+PAPER = {
+    "local": "Local only",
+    "centralized": "Centralized",
+    "full": "Full fine-tuning",
+    "fedit": "FedIT",
+    "fedprox": "FedProx",
+    "ffa_lora": "FFA-LoRA",
+    "fedsa_lora": "FedSA-LoRA",
+    "rolora": "RoLoRA",
+    "flexlora": "FlexLoRA",
+    "hetlora": "HetLoRA",
+    "flora": "FLoRA",
+    "fedex_lora": "FedEx-LoRA",
+    "lora_fair": "LoRA-FAIR",
+    "fed_sb": "Fed-SB",
+    "ravan": "RAVAN",
+    "flora_na": "FLoRA-NA",
+    "ce_lora": "CE-LoRA",
+    "ditto": "Ditto",
+    "pfedme": "pFedMe",
+}
+
+
+def paper_name(method: str) -> str:
+    """A method as its paper writes it."""
+    return PAPER.get(method, method)
+
+
+def amount(count: float) -> str:
+    """Bytes as people read them; "–" where unknown."""
+    if not math.isfinite(count):
+        return "–"
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people read them."""
+    if not math.isfinite(seconds):
+        return "–"
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def share(value: float, digits: int = 3) -> str:
+    """A number between 0 and 1; "–" where unknown."""
+    return f"{value:.{digits}f}" if math.isfinite(value) else "–"
+
+
+def points(difference: float) -> str:
+    """A difference of accuracies in percentage points, with its sign."""
+    return f"{100 * difference:+.1f}" if math.isfinite(difference) else "–"

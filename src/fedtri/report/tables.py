@@ -1,0 +1,216 @@
+"""Runs compared: one group a method and grid point, mean ± standard deviation over seeds, paired differences.
+
+The interval of a paired difference d over n seeds is mean(d) ± t(0.975, n − 1) · std(d) / √n (Student).
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from fedtri.errors import FedtriError
+from fedtri.report.names import amount, duration, paper_name, points, share
+from fedtri.report.reading import Run
+
+COLUMNS = (
+    "method", "data", "partition", "seeds", "accuracy_mean", "accuracy_std", "worst_mean", "best_mean",
+    "bytes_up_per_client_round", "bytes_total", "seconds",
+)  # fmt: skip
+NOT_SETTINGS = {"method", "seed", "out"}
+
+
+@dataclass(frozen=True)
+class Group:
+    """The runs of one method at one grid point, by seed."""
+
+    method: str
+    point: Mapping[str, Any]
+    """The settings in which the compared runs differ."""
+    runs: Mapping[int, Run]
+
+    @property
+    def label(self) -> str:
+        """The method's name in its paper, and the grid point."""
+        at = ", ".join(f"{key} {value}" for key, value in self.point.items() if value is not None)
+        return paper_name(self.method) + (f" ({at})" if at else "")
+
+    def over_seeds(self, measure: str) -> dict[int, float]:
+        """A measure of each seed's run: "mean", "worst" or "best" accuracy over clients, "bytes_up", "seconds", …"""
+        return {seed: _measure(run, measure) for seed, run in self.runs.items()}
+
+    def mean(self, measure: str) -> float:
+        """Mean over the seeds where it is known."""
+        known = _known(self.over_seeds(measure).values())
+        return float(np.mean(known)) if known else math.nan
+
+    def std(self, measure: str) -> float:
+        """Standard deviation over seeds (n − 1); NaN for fewer than two."""
+        known = _known(self.over_seeds(measure).values())
+        return float(np.std(known, ddof=1)) if len(known) > 1 else math.nan
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Accuracy less the baseline's, paired by seed; the 95 % interval is NaN for one seed."""
+
+    mean: float
+    low: float
+    high: float
+    seeds: int
+
+    def __str__(self) -> str:
+        if not self.seeds:
+            return "–"
+        if math.isnan(self.low):
+            return f"{points(self.mean)} (one seed)"
+        return f"{points(self.mean)} [{points(self.low)}, {points(self.high)}]"
+
+
+def grouped(runs: Sequence[Run]) -> list[Group]:
+    """The runs by method and by the settings that differ among them, in the order given."""
+    settings = [_flat(run.config) for run in runs]
+    methods = [run.method for run in runs]
+    names = sorted({key for own in settings for key in own})
+    differ = [key for key in names if _differs(key, methods, settings)]
+    found: dict[tuple[Any, ...], dict[int, Run]] = {}
+    points: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for run, own in zip(runs, settings, strict=True):
+        point = {key: own.get(key) for key in differ}
+        key = (run.method, *map(str, point.values()))
+        if run.seed in found.get(key, {}):  # the same thing run twice: kept apart by folder
+            point["folder"] = run.folder.name
+            key = (*key, str(run.folder))
+        found.setdefault(key, {})[run.seed] = run
+        points[key] = point
+    return [Group(found[key][min(found[key])].method, points[key], dict(sorted(found[key].items()))) for key in found]
+
+
+def paired(group: Group, baseline: Group, measure: str = "mean") -> Difference:
+    """The group's measure less the baseline's, over the seeds that both have."""
+    own, other = group.over_seeds(measure), baseline.over_seeds(measure)
+    gaps = _known(own[seed] - other[seed] for seed in own if seed in other)
+    if len(gaps) < 2:
+        return Difference(gaps[0] if gaps else math.nan, math.nan, math.nan, len(gaps))
+    mean, std = float(np.mean(gaps)), float(np.std(gaps, ddof=1))
+    half = float(stats.t.ppf(0.975, len(gaps) - 1)) * std / math.sqrt(len(gaps))
+    return Difference(mean, mean - half, mean + half, len(gaps))
+
+
+def baselines(groups: Sequence[Group], method: str | None = None) -> list[Group | None]:
+    """For each group, the baseline's group at its grid point, else the baseline's only one, else None.
+
+    Raises FedtriError where no run is of the method asked for.
+    """
+    if method is not None and method not in {group.method for group in groups}:
+        raise FedtriError(f"--baseline: no run of {method!r}; there are {', '.join({g.method: 0 for g in groups})}")
+    candidates = [g for g in groups if g.method == (method or groups[0].method)]
+    same = {tuple(map(str, g.point.values())): g for g in candidates}
+    only = candidates[0] if len(candidates) == 1 else None
+    return [same.get(tuple(map(str, group.point.values())), only) for group in groups]
+
+
+def frame(groups: Sequence[Group], keys: Sequence[str] = ()) -> pd.DataFrame:
+    """table.csv: a row a method and grid point, COLUMNS first, then the settings that differ or are named in `keys`."""
+    rows = []
+    for group in groups:
+        config = next(iter(group.runs.values())).config
+        row = {
+            "method": group.method,
+            "data": config.get("data"),
+            "partition": config.get("partition"),
+            "seeds": len(group.runs),
+            "accuracy_mean": group.mean("mean"),
+            "accuracy_std": group.std("mean"),
+            "worst_mean": group.mean("worst"),
+            "best_mean": group.mean("best"),
+            "bytes_up_per_client_round": group.mean("bytes_up"),
+            "bytes_total": group.mean("bytes_total"),
+            "seconds": round(group.mean("seconds"), 3),
+        }
+        flat = _flat(config)
+        rows.append(row | {key: flat.get(key) for key in keys} | dict(group.point))
+    table = pd.DataFrame(rows)
+    return table.reindex(columns=[*COLUMNS, *(column for column in table.columns if column not in COLUMNS)])
+
+
+def readable(groups: Sequence[Group], baseline: str | None = None) -> pd.DataFrame:
+    """The table people read, text in every cell; see `caption` for what it says."""
+    against = baselines(groups, baseline)
+    heading = f"less {paper_name(baseline or groups[0].method)}"
+    rows = []
+    for group, other in zip(groups, against, strict=True):
+        spread = group.std("mean")
+        rows.append({
+            "method": group.label,
+            "seeds": str(len(group.runs)),
+            "accuracy": share(group.mean("mean")) + (f" ± {share(spread)}" if math.isfinite(spread) else ""),
+            "worst": share(group.mean("worst")),
+            "best": share(group.mean("best")),
+            heading: "baseline" if other is group else "–" if other is None else str(paired(group, other)),
+            "up": amount(group.mean("bytes_up")),
+            "down": amount(group.mean("bytes_down")),
+            "total": amount(group.mean("bytes_total")),
+            "time": duration(group.mean("seconds")),
+        })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def caption(groups: Sequence[Group], baseline: str | None = None) -> str:
+    """What the readable table's numbers are, and how far they carry."""
+    other = paper_name(baseline or groups[0].method)
+    text = (
+        "Accuracy on each client's own test examples: mean over clients (± standard deviation over seeds), worst and "
+        f"best client. Less {other}: the difference in percentage points, paired by seed, with its 95 % interval "
+        "where there are two seeds or more. Up and down: bytes per client and round. Total: all bytes of all clients."
+    )
+    if all(len(group.runs) == 1 for group in groups):
+        return f"{text} One seed: there is no interval, and small differences say nothing; add --seeds 0,1,2."
+    return f"{text} An interval that holds 0 shows no difference."
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """A table of text as Markdown."""
+    rows = [list(table.columns), ["---"] * len(table.columns), *table.astype(str).to_numpy().tolist()]
+    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |\n" for row in rows)
+
+
+def _measure(run: Run, measure: str) -> float:
+    if measure in ("mean", "worst", "best"):
+        scores = run.latest("accuracy")
+        reduce = {"mean": lambda x: sum(x) / len(x), "worst": min, "best": max}[measure]
+        return float(reduce(list(scores.values()))) if scores else math.nan
+    if measure == "bytes_total":
+        return run.total_bytes
+    return {
+        "bytes_up": lambda: run.per_round("up"),
+        "bytes_down": lambda: run.per_round("down"),
+        "parameters": lambda: run.parameters_up,
+        "seconds": lambda: run.total_seconds,
+    }[measure]()
+
+
+def _known(values: Any) -> list[float]:
+    return [value for value in values if math.isfinite(value)]
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            found |= _flat(value, f"{name}.")
+        elif name not in NOT_SETTINGS:
+            found[name] = value
+    return found
+
+
+def _differs(key: str, methods: Sequence[str], settings: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether runs differ in this setting; a method's own options count only where its own runs differ."""
+    values = [str(own.get(key)) for own in settings]
+    if not key.startswith("method_options."):
+        return len(set(values)) > 1
+    return any(len({v for v, m in zip(values, methods, strict=True) if m == method}) > 1 for method in set(methods))

@@ -1,0 +1,91 @@
+"""A run told to TensorBoard, MLflow, Weights & Biases or Trackio, round by round; rounds.jsonl stays the source."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from fedtri.errors import FedtriError
+
+Log = Callable[[int, Mapping[str, float]], None]
+PROJECT = "fedtri"
+
+
+@contextmanager
+def tracker(name: str | None, folder: Callable[[], Path], config: Mapping[str, Any]) -> Iterator[Log]:
+    """What to call with each round's line, as `log(round, values(line))`; does nothing where `name` is None.
+
+    It opens with the first round, when the run's folder is known. Raises FedtriError for an unknown or absent tracker.
+    """
+    if name is None:
+        yield lambda round, values: None
+        return
+    if name not in TRACKERS:
+        raise FedtriError(f"--track: expected one of {', '.join(TRACKERS)}, got {name!r}")
+    open_, package = TRACKERS[name]
+    try:
+        module = import_module(package)
+    except ImportError:
+        raise FedtriError(f"--track {name}: is not installed; `pip install 'fedtri[{name}]'`") from None
+    log: Log | None = None
+    close: Callable[[], object] = lambda: None  # noqa: E731
+
+    def first(round: int, values: Mapping[str, float]) -> None:
+        nonlocal log, close
+        if log is None:
+            log, close = open_(module, folder(), config)
+        log(round, values)
+
+    try:
+        yield first
+    finally:
+        close()
+
+
+def values(line: Mapping[str, Any]) -> dict[str, float]:
+    """A line of rounds.jsonl as flat numbers: "accuracy/mean", "bytes/up", "seconds/train", …; no value per client."""
+    found: dict[str, float] = {"loss": line["loss"]} if line.get("loss") is not None else {}
+    for metric in ("accuracy", "accuracy_local", "test_loss", "test_loss_local"):
+        spread = line.get(metric) or {}
+        found |= {f"{metric}/{key}": spread[key] for key in ("mean", "worst", "best") if key in spread}
+    found |= {f"bytes/{way}": sum(counts.values()) for way, counts in (line.get("bytes") or {}).items()}
+    found |= {f"seconds/{phase}": spent for phase, spent in (line.get("seconds") or {}).items()}
+    return found
+
+
+def _tensorboard(module: Any, folder: Path, config: Mapping[str, Any]) -> tuple[Log, Callable[[], object]]:
+    writer = module.SummaryWriter(str(folder / "tensorboard"))
+    writer.add_text("config", "\n".join(f"    {key} = {value}" for key, value in config.items()))
+
+    def log(round: int, values: Mapping[str, float]) -> None:
+        for key, value in values.items():
+            writer.add_scalar(key, value, round)
+        writer.flush()
+
+    return log, writer.close
+
+
+def _mlflow(module: Any, folder: Path, config: Mapping[str, Any]) -> tuple[Log, Callable[[], object]]:
+    module.set_experiment(PROJECT)
+    module.start_run(run_name=folder.name)
+    module.log_params({key: str(value)[:500] for key, value in config.items()})
+    return lambda round, values: module.log_metrics(dict(values), step=round), module.end_run
+
+
+def _wandb(module: Any, folder: Path, config: Mapping[str, Any]) -> tuple[Log, Callable[[], object]]:
+    run = module.init(project=PROJECT, name=folder.name, dir=str(folder), config=dict(config))
+    return lambda round, values: run.log(dict(values), step=round), run.finish
+
+
+def _trackio(module: Any, folder: Path, config: Mapping[str, Any]) -> tuple[Log, Callable[[], object]]:
+    module.init(project=PROJECT, name=folder.name, config=dict(config))
+    return lambda round, values: module.log(dict(values), step=round), module.finish
+
+
+TRACKERS = {
+    "tensorboard": (_tensorboard, "torch.utils.tensorboard"),
+    "mlflow": (_mlflow, "mlflow"),
+    "wandb": (_wandb, "wandb"),
+    "trackio": (_trackio, "trackio"),
+}

@@ -1,0 +1,227 @@
+"""The page in a real headless Chromium: network cut, nothing in the console, every figure drawn, keys reach everything.
+
+Set FEDTRI_SHOTS=FOLDER to keep the screenshots at phone and desktop width, light and dark, and look at them.
+"""
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fedtri.report import figures, files, page, reading
+from fedtri.report.files import BROWSERS
+from report import synthetic
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
+WIDTHS = {"phone": (390, 844), "desktop": (1280, 900)}
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator["playwright.Browser"]:
+    try:
+        program = files.browser()
+    except Exception:
+        pytest.skip(f"no browser found (looked for {', '.join(BROWSERS)}): apt-get install chromium")
+    with playwright.sync_playwright() as started:
+        found = started.chromium.launch(executable_path=program, args=["--no-sandbox"] if os.geteuid() == 0 else [])
+        yield found
+        found.close()
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory) -> dict[str, Path]:
+    """One run with every figure a run can have, a comparison over seeds, and the largest the page is made for."""
+    folder = tmp_path_factory.mktemp("pages")
+    methods = ("local", "fedit", "flora_na", "ce_lora")
+    mixed = synthetic.write(folder / "mixed", "ce_lora")
+    lines = (synthetic.write(folder / "rho", "flora_na") / "rounds.jsonl").read_text().splitlines()
+    own = (mixed / "rounds.jsonl").read_text().splitlines()
+    joined = [row[:-1] + ', "rho"' + other.partition('"rho"')[2] for row, other in zip(own, lines, strict=True)]
+    (mixed / "rounds.jsonl").write_text("\n".join(joined) + "\n")
+    few = [reading.load(synthetic.write(folder / f"{m}-{s}", m, seed=s)) for m in methods for s in range(3)]
+    large = [
+        reading.load(synthetic.write(folder / f"large-{m}-{s}", m, seed=s, clients=50, rounds=100))
+        for m in methods
+        for s in range(5)
+    ]
+    return {
+        "run": page.write([reading.load(mixed)], folder / "run.html"),
+        "comparison": page.write(few, folder / "comparison.html"),
+        "large": page.write(large, folder / "large.html"),
+        "large-run": page.write(large[-1:], folder / "large-run.html"),
+    }
+
+
+class Opened:
+    """A page in a context of its own, with what the console and the network saw."""
+
+    def __init__(self, browser, path: Path, width: str = "desktop", scheme: str = "light") -> None:
+        size = dict(zip(("width", "height"), WIDTHS[width], strict=True))
+        self.context = browser.new_context(viewport=size, color_scheme=scheme, offline=True)
+        self.page = self.context.new_page()
+        self.said: list[str] = []
+        self.asked: list[str] = []
+        self.page.on("console", lambda m: self.said.append(m.text) if m.type in ("error", "warning") else None)
+        self.page.on("pageerror", lambda error: self.said.append(str(error)))
+        self.page.on("request", lambda r: self.asked.append(r.url) if r.url.startswith("http") else None)
+        began = time.perf_counter()
+        self.page.goto(path.as_uri(), wait_until="load")
+        self.seconds = time.perf_counter() - began
+
+    def draw_all(self) -> int:
+        """Scroll through the page until every figure is drawn; how many there are."""
+        for figure in self.page.query_selector_all("figure"):
+            figure.scroll_into_view_if_needed()
+            self.page.wait_for_function("f => f.dataset.drawn", arg=figure, timeout=20_000)
+        return len(self.page.query_selector_all("figure"))
+
+
+@pytest.fixture
+def opened(browser, pages) -> Iterator:
+    """Open a page by name; what it said is checked at the end."""
+    made: list[Opened] = []
+
+    def open_(name: str, *more: str) -> Opened:
+        made.append(Opened(browser, pages[name], *more))
+        return made[-1]
+
+    yield open_
+    for one in made:
+        one.context.close()
+        assert one.said == []
+        assert one.asked == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize(("name", "count"), [("run", 11), ("comparison", 6)])
+def test_every_figure_draws(opened, name, count, width, scheme):
+    one = opened(name, width, scheme)
+    assert one.draw_all() == count
+    for figure in one.page.query_selector_all("figure"):
+        marks = figure.query_selector_all(".plot path.js-line, .plot .point, .plot .hm image, .plot .points path")
+        assert marks, figure.get_attribute("id")
+    assert one.page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "scrolls sideways"
+    if shots := os.environ.get("FEDTRI_SHOTS"):
+        one.page.evaluate("scrollTo(0, 0)")
+        one.page.screenshot(path=Path(shots) / f"{name}-{width}-{scheme}.png", full_page=True)
+
+
+def test_text_and_lines_change_with_the_scheme(opened):
+    one = opened("run")
+    one.draw_all()
+    colour = "getComputedStyle(document.querySelector('#accuracy .xtick text')).fill"
+    light = one.page.evaluate(colour)
+    one.page.emulate_media(color_scheme="dark")
+    one.page.wait_for_function(f"() => {colour} !== '{light}'")
+    assert one.page.query_selector("#accuracy path.js-line[style*='86, 180, 233']"), (
+        "lines have the dark page's colours"
+    )
+
+
+def test_hover_tells_the_numbers(opened):
+    one = opened("run")
+    box = one.page.query_selector("#accuracy .plot .nsewdrag")
+    one.page.wait_for_function("() => document.querySelector('#accuracy').dataset.drawn")
+    box = one.page.query_selector("#accuracy .plot .nsewdrag")
+    box.hover()
+    one.page.wait_for_selector("#accuracy .hoverlayer text")
+    assert "mean" in one.page.text_content("#accuracy .hoverlayer")
+
+
+def test_legend_hides_and_shows(opened):
+    one = opened("run")
+    one.draw_all()
+    button = one.page.get_by_role("button", name="mean", exact=True)
+    lines = "document.querySelectorAll('#accuracy .scatterlayer .trace').length"
+    before = one.page.evaluate(lines)
+    button.focus()
+    one.page.keyboard.press("Enter")
+    one.page.wait_for_function(f"() => {lines} === {before} - 1")
+    assert button.get_attribute("aria-pressed") == "false"
+    one.page.emulate_media(color_scheme="dark")
+    one.page.wait_for_timeout(300)
+    assert one.page.evaluate(lines) == before - 1, "stays hidden when the colours change"
+    one.page.keyboard.press("Enter")
+    one.page.wait_for_function(f"() => {lines} === {before}")
+
+
+def test_each_client_on_demand(opened):
+    one = opened("run")
+    one.draw_all()
+    lines = "document.querySelectorAll('#accuracy .scatterlayer .trace').length"
+    before = one.page.evaluate(lines)
+    one.page.select_option("#accuracy select", label="client-03")
+    one.page.wait_for_function(f"() => {lines} === {before} + 1")
+    one.page.select_option("#accuracy select", label="all")
+    one.page.wait_for_function(f"() => {lines} === {before} + 8")
+
+
+def test_the_slider_shows_another_round(opened):
+    one = opened("run")
+    one.draw_all()
+    one.page.click("#model-matrix summary")
+    cell = "document.querySelector('#model-matrix table').rows[1].cells[3].textContent"
+    last = one.page.evaluate(cell)
+    one.page.focus("#model-matrix input[type=range]")
+    one.page.keyboard.press("Home")
+    one.page.wait_for_function(f"() => {cell} !== '{last}'")
+    assert one.page.text_content("#model-matrix output") == "round 1"
+
+
+def test_keys_reach_everything(opened):
+    one = opened("run")
+    one.draw_all()
+    one.page.evaluate("scrollTo(0, 0); document.activeElement.blur()")
+    wanted = one.page.evaluate("""() => {
+      const all = [...document.querySelectorAll('a[href], button, select, input, summary, [tabindex="0"]')];
+      const shown = all.filter((e) => e.checkVisibility());
+      shown.forEach((e, i) => e.dataset.place = i);
+      return shown.length; }""")
+    reached = set()
+    for _ in range(wanted + 5):
+        one.page.keyboard.press("Tab")
+        reached.add(one.page.evaluate("document.activeElement.dataset.place"))
+    assert {str(i) for i in range(wanted)} <= reached
+
+
+def test_every_figure_has_words_and_a_table(opened):
+    one = opened("comparison")
+    one.draw_all()
+    for figure in one.page.query_selector_all("figure"):
+        assert len(figure.query_selector("[role=img]").get_attribute("aria-label")) > 10
+        figure.query_selector("summary").click()
+        cells = figure.wait_for_selector("table").query_selector_all("tbody td")
+        assert cells, figure.get_attribute("id")
+        assert any(cell.text_content() not in ("–", "") for cell in cells)
+
+
+@pytest.mark.parametrize("name", ["large", "large-run"])
+def test_a_large_page_opens_in_under_two_seconds(opened, name):
+    one = opened(name)
+    one.page.wait_for_selector("figure", state="attached")
+    # a machine that does other things too is given another try
+    seconds = min(one.seconds, opened(name).seconds)
+    print(f"{name}: {seconds:.2f} s")
+    assert seconds < 2
+    assert one.draw_all()
+
+
+@pytest.mark.parametrize("kind", ["svg", "png"])
+def test_figures_as_files(browser, tmp_path, kind):
+    run = reading.load(synthetic.write(tmp_path / "run", "flora_na"))
+    drawn = dict(list(figures.of_run(run).items())[:3])
+    paths = files.write(drawn, tmp_path / "figures", kind)
+    assert sorted(p.stem for p in paths) == sorted(drawn)
+    start = b"<svg" if kind == "svg" else b"\x89PNG"
+    for path in paths:
+        assert path.read_bytes().startswith(start)
+        assert path.stat().st_size > 3000
+
+
+def test_without_a_browser_one_line_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(files, "BROWSERS", ("no-such-browser",))
+    with pytest.raises(files.FedtriError, match="apt-get install chromium"):
+        files.browser()

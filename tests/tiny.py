@@ -1,0 +1,187 @@
+"""What the tests are about: tiny models of many architectures, a tokenizer, a data file, whole federations of them."""
+
+import csv
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerFast
+
+from fedtri import adapter, config, engine, federation
+from fedtri.methods import METHODS
+from fedtri.store import ClientStore
+from fedtri.types import Factors, Key
+
+LABELS = ("animals", "plants", "stones")
+WORDS = {
+    "animals": ["cat", "dog", "horse", "mouse", "bird", "fish"],
+    "plants": ["oak", "rose", "grass", "moss", "fern", "lily"],
+    "stones": ["flint", "slate", "marble", "chalk", "quartz", "agate"],
+}
+COMMON = ["the", "a", "big", "small", "old", "new", "is", "was", "seen", "near", "far", "by", "and", "not", "very"]
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+VOCABULARY = SPECIAL + COMMON + [word for words in WORDS.values() for word in words]
+
+_ENCODER = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "max_position_embeddings": 40,
+}
+_DECODER = {**_ENCODER, "num_key_value_heads": 2}
+SIZES: dict[str, dict[str, Any]] = {
+    "bert": _ENCODER,
+    "roberta": _ENCODER,
+    "mpnet": _ENCODER,
+    "distilbert": {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24, "max_position_embeddings": 40},
+    "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_inner": 24, "n_positions": 40},
+    "llama": _DECODER,
+    "mistral": {**_DECODER, "head_dim": 8},
+    "qwen2": _DECODER,
+    "gpt_neox": _ENCODER,
+}
+DECODERS = {"gpt2", "llama", "mistral", "qwen2", "gpt_neox"}
+
+
+def classifier(kind: str, *, labels: int = 3, seed: int = 0) -> torch.nn.Module:
+    """A sequence classifier of this architecture: two layers, 16 wide, random weights large enough to matter."""
+    special = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
+    shape = AutoConfig.for_model(
+        kind, vocab_size=len(VOCABULARY), num_labels=labels, initializer_range=0.3, **special, **SIZES[kind]
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return AutoModelForSequenceClassification.from_config(shape).eval()
+
+
+def tokenizer(kind: str = "bert") -> PreTrainedTokenizerFast:
+    """One word, one token."""
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="[UNK]"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    core.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    inputs = ["input_ids", "attention_mask"] + ["token_type_ids"] * (kind == "bert")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]",
+        model_max_length=40, model_input_names=inputs,
+    )  # fmt: skip
+
+
+def save_model(folder: Path, kind: str) -> Path:
+    """A folder as a user would point `model` at."""
+    classifier(kind).save_pretrained(folder)
+    tokenizer(kind).save_pretrained(folder)
+    return folder
+
+
+def save_data(path: Path, rows: int = 120, seed: int = 0) -> Path:
+    """A CSV of sentences of 3 to 12 words; the label is what the sentence is about."""
+    rng = random.Random(seed)
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["sentence", "topic"])
+        for i in range(rows):
+            label = LABELS[i % 3]
+            words = [rng.choice(WORDS[label] if rng.random() < 0.4 else COMMON) for _ in range(rng.randint(3, 12))]
+            writer.writerow([" ".join([rng.choice(WORDS[label]), *words]), label])
+    return path
+
+
+@dataclass(frozen=True)
+class Lab:
+    """A folder with models and data, from which whole federations are built."""
+
+    folder: Path
+
+    def model(self, kind: str = "bert") -> Path:
+        path = self.folder / kind
+        return path if path.exists() else save_model(path, kind)
+
+    @property
+    def data(self) -> Path:
+        path = self.folder / "topics.csv"
+        return path if path.exists() else save_data(path)
+
+    def config(self, kind: str = "bert", **values: Any) -> config.Config:
+        """A config as its file would say it; dots reach into tables as with --set."""
+        table: dict[str, Any] = {}
+        for key, value in (DEFAULTS | {"model": str(self.model(kind)), "data": str(self.data)} | values).items():
+            *path, last = key.split("__")
+            inner = table
+            for name in path:
+                inner = inner.setdefault(name, {})
+            inner[last] = value
+        return config.validated(table)
+
+    def federation(self, store: Path, *, double: bool = False, **values: Any) -> federation.Federation:
+        """A federation with its clients' tensors under `store`; in float64, on the wire too, where `double`."""
+        values |= {"wire__dtype": "float64"} if double else {}
+        built = federation.build(self.config(**values), ClientStore(store))
+        if double:
+            built.site.cohort.model.double()
+        return built
+
+
+DEFAULTS: dict[str, Any] = {
+    "text_columns": ["sentence"],
+    "label_column": "topic",
+    "clients": 4,
+    "partition": "dirichlet:1.0",
+    "rounds": 2,
+    "steps": 3,
+    "batch_size": 4,
+    "learning_rate": 5e-3,
+    "rank": 3,
+    "lora_alpha": 6.0,
+    "targets": "query,intermediate.dense",
+    "device": "cpu",
+}
+
+NEEDS: dict[str, dict[str, Any]] = {"ravan": {"rank": 4}}
+"""Config a method cannot do without, by name; a method that is not here is held to the laws with its defaults."""
+LAWFUL: list[tuple[str, dict[str, Any]]] = [(name, NEEDS.get(name, {})) for name in METHODS] + [
+    ("ce_lora", {"method_options": {"basis": "shared"}})
+]
+
+
+def rounds(built: federation.Federation, **changes: Any) -> Iterator[engine.Progress]:
+    """The federation's rounds, without a run directory."""
+    schedule = replace(built.schedule, **changes)
+    return engine.run(built.method, built.transport, built.expected, schedule)
+
+
+def clients_tensors(built: federation.Federation) -> dict[str, Factors]:
+    """What each client holds on its own disk."""
+    site = built.site
+    return {c: site.store.load(c) or site.initial(c) for c in built.transport.clients()}
+
+
+def effective(factors: Mapping[Key, Tensor], layer: str, scale: float = 1.0) -> Tensor:
+    """ΔW, with the dense residual of the methods that have one."""
+    return adapter.effective_update(factors, layer, scale) + factors.get(Key(layer, "W"), torch.zeros(()))
+
+
+def assert_same(a: object, b: object, where: str = "", **tolerance: float) -> None:
+    """Two values, nested in mappings and dataclasses, agree: bit for bit, or their tensors within atol and rtol."""
+    if isinstance(a, Mapping):
+        assert isinstance(b, Mapping)
+        assert a.keys() == b.keys(), where
+        for key, value in a.items():
+            assert_same(value, b[key], f"{where}[{key}]", **tolerance)
+    elif is_dataclass(a):
+        for part in fields(a):
+            assert_same(getattr(a, part.name), getattr(b, part.name), f"{where}.{part.name}", **tolerance)
+    elif isinstance(a, Tensor | np.ndarray):
+        found, wanted = torch.as_tensor(a), torch.as_tensor(b)
+        close = {"atol": 0, "rtol": 0} | tolerance
+        torch.testing.assert_close(found, wanted, equal_nan=True, msg=lambda m: f"{where}: {m}", **close)
+    else:
+        assert a == b, where
