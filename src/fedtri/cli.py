@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from fedtri import compare as comparison
 
+DEMO = Path(__file__).with_name("demo.toml")
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 console = Console()
 
@@ -30,6 +31,9 @@ Client = Annotated[str, typer.Option(help="The client's id, as in adapters/.")]
 Settings = Annotated[
     list[str],
     typer.Option("--set", metavar="KEY=VALUE", help="Any key of the configuration, also table.key; repeatable."),
+]
+Track = Annotated[
+    str | None, typer.Option(help="Also tell tensorboard, mlflow, wandb or trackio; rounds.jsonl stays the source.")
 ]
 
 
@@ -56,6 +60,7 @@ def run(
     clients: Annotated[int | None, typer.Option(help="How many clients the data are dealt to.")] = None,
     rounds: Annotated[int | None, typer.Option(help="How many rounds.")] = None,
     out: Annotated[Path | None, typer.Option(help="The run directory; by default runs/METHOD-N.")] = None,
+    track: Track = None,
     settings: Settings = [],  # noqa: B006
 ) -> None:
     """Fine-tune a model across clients and write a run directory."""
@@ -63,33 +68,41 @@ def run(
 
     where = None if out is None else str(out)
     loaded = configuration.load(
-        config, settings, method=method, data=data, model=model, clients=clients, rounds=rounds, out=where
+        config or DEMO, settings, method=method, data=data, model=model, clients=clients, rounds=rounds, out=where
     )
     _prepare()
-    from fedtri import display, runs
+    from fedtri import display, runs, tracking
 
-    with display.display(console, loaded) as shown:
+    folder = Path()
+    with (
+        tracking.tracker(track, loaded.model_dump()) as tell,
+        display.display(console, loaded) as shown,
+    ):
         listener = runs.Listener(shown.phase, shown.step)
-        folder = Path()
         for progress in runs.run(loaded, listener):
             shown.round(progress.line)
             folder = progress.folder
+            tell(folder, progress.line)
     _finished(folder)
 
 
 @app.command()
-def resume(folder: Folder) -> None:
+def resume(folder: Folder, track: Track = None) -> None:
     """Go on with a run that was interrupted; ends as if it had never been."""
     from fedtri import config as configuration
     from fedtri import rundir
 
     loaded = configuration.load(rundir.require(folder) / "config.toml")
     _prepare()
-    from fedtri import display, runs
+    from fedtri import display, runs, tracking
 
-    with display.display(console, loaded, rundir.read_rounds(folder)) as shown:
+    with (
+        tracking.tracker(track, loaded.model_dump()) as tell,
+        display.display(console, loaded, rundir.read_rounds(folder)) as shown,
+    ):
         for progress in runs.resume(folder, runs.Listener(shown.phase, shown.step)):
             shown.round(progress.line)
+            tell(folder, progress.line)
     _finished(folder)
 
 
@@ -155,7 +168,10 @@ def compare(
         config, _listed(methods), seeds=[_whole(seed) for seed in _listed(seeds or "")], settings=settings,
         grid=dict(map(comparison.parse_grid, grid)), out=out, baseline=baseline,
     )  # fmt: skip
-    _follow(comparison.run(planned))
+    try:
+        _follow(comparison.run(planned))
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("interrupted; the same call goes on where it stopped") from None
     groups = tables.grouped(comparison.finished(planned.folder))
     _print_table(tables.readable(groups, planned.baseline).drop(columns="total"))
     _say(tables.caption(groups, planned.baseline))
@@ -199,15 +215,50 @@ def watch(
 @app.command()
 def methods() -> None:
     """List the methods: what learns, what travels, and where each is from."""
-    from fedtri.methods import METHODS, build
+    from fedtri.methods import METHODS, build, scope
+    from fedtri.types import FACTORS
 
-    table = Table("method", "learns", "up", "down", "source")
+    table = Table("method", "learns", "up", "down", "factors", "mixed ranks", "source", box=box.SIMPLE_HEAD)
     for name in METHODS:
         method = build(name)
-        plan = method.plan(0)
-        travels = (" ".join(f for f in "ABCH" if f in kinds) or "–" for kinds in (plan.train, plan.up, plan.down))
-        table.add_row(name, *travels, method.source)
-    console.print(table)
+        plans = [method.plan(round) for round in (0, 1)]
+        travels = (
+            " / ".join(dict.fromkeys(" ".join(f for f in FACTORS if f in kinds) or "–" for kinds in rounds))
+            for rounds in zip(*((plan.train, plan.up, plan.down) for plan in plans), strict=True)
+        )
+        table.add_row(name, *travels, scope(method), "yes" if method.mixed_ranks else "–", method.source)
+    Console(width=max(console.width, 96)).print(table)
+    _say("A, C, B: the adapter; H: the head; S: scalars of C's blocks; W: a dense update; P: the whole model.")
+    _say("x / y: what even and odd rounds differ in.")
+
+
+@app.command()
+def cost(
+    model: Annotated[str, typer.Option(help="A model folder, a config.json, or as in `fedtri run`.")] = "minilm",
+    rank: Annotated[int, typer.Option(help="The adapter's rank.", min=1)] = 8,
+    targets: Annotated[str, typer.Option(help="The layers that are adapted, as in a configuration.")] = "auto",
+    labels: Annotated[int | None, typer.Option(help="Classes of the head; by default the model's own.")] = None,
+    clients: Annotated[int, typer.Option(help="Clients in a round.", min=1)] = 1,
+    rounds: Annotated[int, typer.Option(help="Rounds of the run.", min=1)] = 2,
+    dtype: Annotated[str, typer.Option(help="The number type on the wire.")] = "float32",
+    out: Annotated[Path | None, typer.Option(help="Also write the table here: NAME.json or NAME.csv.")] = None,
+) -> None:
+    """Say what each method sends per client and round for a model, without its weights."""
+    _prepare()
+    from fedtri import cost as costing
+
+    found = costing.costs(model, rank=rank, targets=targets, labels=labels, clients=clients, rounds=rounds, dtype=dtype)
+    whole = max(one.up + one.down for one in found)
+    table = Table("method", "numbers up", "down", "bytes up", "down", "all bytes", "of full", box=box.SIMPLE_HEAD)
+    for one in found:
+        counts = (one.up, one.down, one.up_bytes, one.down_bytes, one.total_bytes)
+        share = (one.up + one.down) / whole
+        table.add_row(one.method, *(f"{value:,.0f}" for value in counts), f"{share:.3%}")
+    Console(width=max(console.width, 96)).print(table)
+    _say(f"per client and round; all bytes: {clients} clients, {rounds} rounds, both ways, tensors alone")
+    if out is not None:
+        costing.write(out, found)
+        _say(f"wrote {out}")
 
 
 def main() -> None:

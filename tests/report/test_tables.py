@@ -74,3 +74,11 @@ def test_the_same_run_twice_is_kept_apart(tmp_path):
 def test_an_unknown_baseline_is_one_line(tmp_path):
     with pytest.raises(FedtriError, match="fedit"):
         tables.baselines(tables.grouped(runs(tmp_path, ["local"], [0])), "fedit")
+
+
+def test_a_baseline_without_the_grids_key_serves_every_point(tmp_path):
+    found = runs(tmp_path, ["local"], [0])
+    for k in (2, 3):
+        found += runs(tmp_path, ["ce_lora"], [0], method_options={"top_k": k})
+    groups = tables.grouped(found)
+    assert tables.baselines(groups) == [groups[0]] * 3

@@ -65,6 +65,16 @@ def build(name: str, options: Mapping[str, Any] | None = None, head: str = "defa
     return with_head(with_adapter(method, adapter), head)
 
 
+def scope(method: Method) -> str:
+    """What a client ends with: "global" factors, the same for all; some that are "personal"; or "both" side by side."""
+    if method.personal is not None:
+        return "both"
+    plan = method.plan(0)
+    # S is folded into C before it travels; a fresh A and B have gone into W
+    home = plan.train - plan.down - {"S"} - (frozenset("AB") if method.fresh else frozenset())
+    return "personal" if home else "global"
+
+
 def with_adapter(method: Method, kind: str) -> Method:
     """The method for this kind of adapter: DoRA's magnitudes M learn, and travel where B does."""
     if kind not in method.adapters:

@@ -101,16 +101,19 @@ def paired(group: Group, baseline: Group, measure: str = "mean") -> Difference:
 
 
 def baselines(groups: Sequence[Group], method: str | None = None) -> list[Group | None]:
-    """For each group, the baseline's group at its grid point, else the baseline's only one, else None.
+    """For each group, the baseline's group whose settings agree (those it has), else its only one, else None.
 
     Raises FedtriError where no run is of the method asked for.
     """
     if method is not None and method not in {group.method for group in groups}:
         raise FedtriError(f"--baseline: no run of {method!r}; there are {', '.join({g.method: 0 for g in groups})}")
     candidates = [g for g in groups if g.method == (method or groups[0].method)]
-    same = {tuple(map(str, g.point.values())): g for g in candidates}
-    only = candidates[0] if len(candidates) == 1 else None
-    return [same.get(tuple(map(str, group.point.values())), only) for group in groups]
+    found: list[Group | None] = []
+    for group in groups:
+        agreeing = [c for c in candidates if all(v is None or v == group.point.get(k) for k, v in c.point.items())]
+        choice = [group] if group in candidates else agreeing or candidates
+        found.append(choice[0] if len(choice) == 1 else None)
+    return found
 
 
 def frame(groups: Sequence[Group], keys: Sequence[str] = ()) -> pd.DataFrame:
@@ -133,8 +136,10 @@ def frame(groups: Sequence[Group], keys: Sequence[str] = ()) -> pd.DataFrame:
         }
         flat = _flat(config)
         rows.append(row | {key: flat.get(key) for key in keys} | dict(group.point))
-    table = pd.DataFrame(rows)
-    return table.reindex(columns=[*COLUMNS, *(column for column in table.columns if column not in COLUMNS)])
+    more = {key: None for row in rows for key in row if key not in COLUMNS}
+    # a setting stays as it was written: 4 where another run has none is not 4.0
+    kept = {key: pd.Series([row.get(key) for row in rows], dtype=object) for key in more}
+    return pd.DataFrame({column: [row[column] for row in rows] for column in COLUMNS} | kept)
 
 
 def readable(groups: Sequence[Group], baseline: str | None = None) -> pd.DataFrame:

@@ -1,46 +1,45 @@
 """A run told to TensorBoard, MLflow, Weights & Biases or Trackio, round by round; rounds.jsonl stays the source."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from fedtri.errors import FedtriError
 
+Tell = Callable[[Path, Mapping[str, Any]], None]
 Log = Callable[[int, Mapping[str, float]], None]
 PROJECT = "fedtri"
 
 
 @contextmanager
-def tracker(name: str | None, folder: Callable[[], Path], config: Mapping[str, Any]) -> Iterator[Log]:
-    """What to call with each round's line, as `log(round, values(line))`; does nothing where `name` is None.
+def tracker(name: str | None, config: Mapping[str, Any]) -> Iterator[Tell]:
+    """What to tell each round, as `tell(folder, line)`; does nothing where `name` is None.
 
-    It opens with the first round, when the run's folder is known. Raises FedtriError for an unknown or absent tracker.
+    Raises FedtriError for an unknown tracker, or one that is not installed, before anything runs.
     """
     if name is None:
-        yield lambda round, values: None
+        yield lambda folder, line: None
         return
     if name not in TRACKERS:
         raise FedtriError(f"--track: expected one of {', '.join(TRACKERS)}, got {name!r}")
-    open_, package = TRACKERS[name]
+    start, package = TRACKERS[name]
     try:
         module = import_module(package)
     except ImportError:
-        raise FedtriError(f"--track {name}: is not installed; `pip install 'fedtri[{name}]'`") from None
-    log: Log | None = None
-    close: Callable[[], object] = lambda: None  # noqa: E731
+        raise FedtriError(f"--track: {name} is not installed; `pip install 'fedtri[{name}]'`") from None
+    with ExitStack() as stack:
+        logs: list[Log] = []
 
-    def first(round: int, values: Mapping[str, float]) -> None:
-        nonlocal log, close
-        if log is None:
-            log, close = open_(module, folder(), config)
-        log(round, values)
+        def tell(folder: Path, line: Mapping[str, Any]) -> None:
+            if not logs:  # the folder is known with the first round
+                log, close = start(module, folder, config)
+                stack.callback(close)
+                logs.append(log)
+            logs[0](line["round"], values(line))
 
-    try:
-        yield first
-    finally:
-        close()
+        yield tell
 
 
 def values(line: Mapping[str, Any]) -> dict[str, float]:
