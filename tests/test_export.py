@@ -133,7 +133,7 @@ def test_an_exported_adapter_is_a_start_with_the_same_update(kind, alpha, traine
     built = lab.federation(
         tmp_path / "next", kind=kind, init_adapter=adapter, lora_alpha=alpha, method="fedit", targets="auto"
     )
-    first = built.site.initial("0")
+    first = built.site.initial(CLIENT)
     for layer in built.site.cohort.layout.layers:
         update = effective(own, layer.name, 6.0 / 3)
         assert update.norm() > 0

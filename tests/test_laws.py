@@ -4,6 +4,10 @@ The laws of exported adapters are in test_export.py, those of kill -9 in test_ch
 """
 
 import copy
+import functools
+import hashlib
+import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -32,13 +36,24 @@ class Moment:
     replies: list[Reply]
 
 
+@pytest.fixture(scope="module")
+def moments(lab: Lab, tmp_path_factory) -> Callable[[str, dict], Moment]:
+    """The moment of a method, made once."""
+
+    @functools.cache
+    def of(method: str, needs: str) -> Moment:
+        built = lab.federation(tmp_path_factory.mktemp("moment"), method=method, double=True, **json.loads(needs))
+        state = list(rounds(built, rounds=1))[-1].state
+        tasks = server.tasks(built.method, state, built.transport.clients(), state.round, "train")
+        state = server.delivered(state, built.transport.clients())
+        return Moment(built, state, [answer.reply for answer in built.transport.exchange(tasks)])
+
+    return lambda method, needs: of(method, json.dumps(needs))
+
+
 @pytest.fixture
-def moment(method, needs, lab: Lab, tmp_path: Path) -> Moment:
-    built = lab.federation(tmp_path, method=method, double=True, **needs)
-    state = list(rounds(built, rounds=1))[-1].state
-    tasks = server.tasks(built.method, state, built.transport.clients(), state.round, "train")
-    state = server.delivered(state, built.transport.clients())
-    return Moment(built, state, [answer.reply for answer in built.transport.exchange(tasks)])
+def moment(method, needs, moments) -> Moment:
+    return moments(method, needs)
 
 
 @everyone
@@ -120,12 +135,12 @@ def test_every_trained_factor_moves_and_no_other(method, needs, lab, tmp_path):
         transport.exchange(server.tasks(built.method, ServerState(round), transport.clients(), round, "train"))
         after = clients_tensors(built)
         learns = set(layout.keys(built.method.plan(round).train))
-        for client in transport.clients():
-            changed = {key for key in before[client] if not torch.equal(before[client][key], after[client][key])}
+        for name in transport.clients():
+            changed = {key for key in before[name] if not torch.equal(before[name][key], after[name][key])}
             assert changed <= learns
-            moved |= {(client, key) for key in changed}
+            moved |= {(name, key) for key in changed}
     trained = built.method.plan(0).train | built.method.plan(1).train
-    assert moved == {(client, key) for client in transport.clients() for key in layout.keys(trained)}
+    assert moved == {(name, key) for name in transport.clients() for key in layout.keys(trained)}
 
 
 def test_the_trap_of_a_core_between_a_and_a_frozen_zero(lab, tmp_path):
@@ -139,13 +154,14 @@ def test_the_trap_of_a_core_between_a_and_a_frozen_zero(lab, tmp_path):
 
 
 ALONE = {
-    "all at once": {"epochs": 1.0, "steps": None, "optimizer__clip": 0.05, "simulation__token_budget": 33},
+    "all at once": {"evaluate": False, "epochs": 1.0, "steps": None, "batch_size": 6, "optimizer__clip": 0.05,
+                    "simulation__token_budget": 33},
     "sizes": {"partition": "dirichlet:0.3", "steps": 4},
     "no clipping": {"optimizer__clip": False},
     "budget of one": {"simulation__token_budget": 1, "steps": 1},
     "cohorts of three": {"simulation__cohort": 3},
     "schedule": {"epochs": 1.5, "steps": None, "optimizer__schedule": "linear", "optimizer__warmup": 2},
-}
+}  # fmt: skip
 CLOSELY = [(name, needs, how) for name, needs in LAWFUL for how in (ALONE if name in MAIN else ["all at once"])]
 
 
@@ -180,7 +196,7 @@ def test_stopped_and_resumed_is_never_stopped(method, needs, where, lab, tmp_pat
     resumed = list(runs.resume(tmp_path / "run"))[-1]
     folder, state = never(method, needs)
     assert_same(resumed.state, state)
-    assert adapters(tmp_path / "run") == adapters(folder)
+    assert files(tmp_path / "run") == files(folder)
     lines = [[{**line, "seconds": 0} for line in rundir.read_rounds(run)] for run in (tmp_path / "run", folder)]
     assert lines[0] == lines[1]
 
@@ -191,17 +207,14 @@ LONG = {"rounds": 3, "fraction": 0.5, "seed": 3}
 @pytest.fixture(scope="module")
 def never(lab: Lab, tmp_path_factory):
     """The folder and the last state of a run that was never stopped, by method."""
-    done: dict[str, tuple[Path, ServerState]] = {}
 
-    def run(method: str, needs: dict) -> tuple[Path, ServerState]:
-        name = f"{method} {needs}"
-        if name not in done:
-            folder = tmp_path_factory.mktemp("never")
-            last = list(runs.run(lab.config(out=str(folder), **LONG, method=method, **needs)))[-1]
-            done[name] = folder, last.state
-        return done[name]
+    @functools.cache
+    def run(method: str, needs: str) -> tuple[Path, ServerState]:
+        folder = tmp_path_factory.mktemp("never")
+        last = list(runs.run(lab.config(out=str(folder), **LONG, method=method, **json.loads(needs))))[-1]
+        return folder, last.state
 
-    return run
+    return lambda method, needs: run(method, json.dumps(needs))
 
 
 def stop(config: Config, where: str, patch: pytest.MonkeyPatch) -> None:
@@ -224,8 +237,10 @@ def stop(config: Config, where: str, patch: pytest.MonkeyPatch) -> None:
             raise KeyboardInterrupt
 
 
-def adapters(folder: Path) -> dict[str, bytes]:
-    """Every client's exported tensors."""
-    found = {str(p.relative_to(folder)): p.read_bytes() for p in sorted((folder / "adapters").glob("*/*.safetensors"))}
-    assert len(found) in (0, 4)  # none where PEFT has no format for what the method trains
-    return found
+def files(folder: Path) -> dict[str, str]:
+    """The digest of every client's own tensors and of its exported adapter, where the method has one."""
+    found = checkpoint.load(folder / "checkpoints", folder / "clients")
+    exported = sorted((folder / "adapters").glob("*/*.safetensors"))
+    assert len(exported) in (0, 4)
+    digests = {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in exported}
+    return digests | {name: saved.digest for name, saved in found.clients.items()}

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from fedtri import runs
+from fedtri import fidelity, runs, server
 from fedtri.errors import FedtriError
 from fedtri.federation import client_ranks
 from fedtri.methods import METHODS, build, networked
@@ -71,3 +71,18 @@ def test_centralized_trains_on_the_pool_and_scores_every_client(lab, tmp_path):
     assert line["accuracy_local"] is None
     with pytest.raises(FedtriError, match="simulation only"):
         networked(built.method)
+
+
+def test_on_real_updates_flora_na_lies_between_fedit_and_the_best_of_its_rank(lab, tmp_path):
+    """ρ against the exact mean, layer by layer, of three ways to combine the very same replies of two rounds."""
+    built = lab.federation(tmp_path, method="fedit", learning_rate=0.05)
+    state = list(rounds(built, rounds=1))[-1].state
+    tasks = server.tasks(built.method, state, built.transport.clients(), state.round, "train")
+    replies = [answer.reply for answer in built.transport.exchange(tasks)]
+    best, na, fedit = (
+        fidelity.rho(state, server.server_step(build(name), state, replies), replies)["exact"]
+        for name in ("flexlora", "flora_na", "fedit")
+    )
+    assert all(best[layer] <= na[layer] * (1 + 1e-5) for layer in best)
+    assert all(na[layer] <= fedit[layer] * (1 + 1e-5) for layer in best)
+    assert sum(na.values()) < sum(fedit.values())

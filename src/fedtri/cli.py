@@ -39,7 +39,7 @@ Track = Annotated[
 
 @app.callback(invoke_without_command=True)
 def fedtri(
-    context: typer.Context,
+    context: click.Context,
     version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
 ) -> None:
     """Fine-tune a foundation model across clients that keep their data."""
@@ -340,5 +340,6 @@ def _finished(folder: Path) -> None:
     console.print(display.clients(summary))
     console.print(display.results([summary]))
     first = next(iter(summary["client_table"]))
-    _say(f"everything is in {folder}: report.html to look at, adapters/ with a PEFT adapter for each client")
+    adapters = ", adapters/ with a PEFT adapter for each client" if (folder / "adapters").exists() else ""
+    _say(f"everything is in {folder}: report.html to look at{adapters}")
     _say(f'try: fedtri predict {folder} --client {first} "some text"')

@@ -26,7 +26,7 @@ def mean(
     result = {}
     for key, first in only(replies[0].up, kinds).items():
         stacked = torch.stack([reply.up[key] for reply in replies])
-        result[key] = torch.tensordot(weights, stacked.double(), 1).to(first.dtype)
+        result[key] = torch.tensordot(weights.double(), stacked.double(), 1).to(first.dtype)
     return result
 
 

@@ -104,12 +104,12 @@ class _Live:
         if step <= self.last:
             self.passes += 1  # the next cohort of this round
         self.last = step
-        cohort = self.cohort or self.clients
+        cohort = min(self.cohort or self.clients, self.clients)
         inside = step / self.steps if self.steps else 0.0
         begin, end = PHASES["train"]
         share = min((self.passes + inside) * cohort / self.clients, 1.0)
         upto = min((self.passes + 1) * cohort, self.clients)
-        who = f"{self.clients} clients" if cohort >= self.clients else f"clients to {upto}/{self.clients}"
+        who = f"{self.clients} clients" if cohort == self.clients else f"client {upto}/{self.clients}"
         of = f"/{self.steps}" if self.steps else ""
         self.progress.update(
             self.bar,

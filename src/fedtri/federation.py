@@ -65,9 +65,8 @@ def build(config: Config, store: ClientStore) -> Federation:
     )  # fmt: skip
     shares = (config.split.train, config.split.validation, config.split.test)
     splits = partition(pool, spec=config.partition, clients=config.clients, seed=config.seed, fractions=shares)
-    ranks = client_ranks(config.rank, sorted(splits), config.seed)
     clients = 1 if "P" in method.extra else min(len(splits), config.simulation.cohort or len(splits))
-    cohort, tokenizer, head = load_cohort(config, pool.label_names, clients, max(ranks.values()))
+    cohort, tokenizer, head = load_cohort(config, pool.label_names, clients)
     return assemble(config, method, pool, splits, cohort, tokenizer, head, store)
 
 
@@ -105,8 +104,15 @@ def client_ranks(rank: int | list[int] | str, clients: Sequence[str], seed: int)
     return {client: low + derive(seed, "rank", client) % (high - low + 1) for client in clients}
 
 
+def largest_rank(rank: int | list[int] | str) -> int:
+    """The largest rank that `client_ranks` can give a client: what a cohort is padded to."""
+    if isinstance(rank, int):
+        return rank
+    return max(rank) if isinstance(rank, list) else int(rank.rpartition(",")[2])
+
+
 def load_cohort(
-    config: Config, label_names: tuple[str, ...], clients: int, rank: int
+    config: Config, label_names: tuple[str, ...], clients: int
 ) -> tuple[adapter.Cohort, PreTrainedTokenizerBase, Mapping[Key, Tensor]]:
     """The model with room for `clients` clients' factors, its tokenizer, and the head everyone starts from.
 
@@ -120,7 +126,7 @@ def load_cohort(
         targets=[] if "P" in method.extra else models.find_targets(model, config.targets),
         head=models.head_layers(model),
         clients=clients,
-        rank=rank,
+        rank=largest_rank(config.rank),
         kind=config.adapter,
         extra=method.extra,
         heads=method.heads,
@@ -129,9 +135,10 @@ def load_cohort(
 
 
 def start(
-    config: Config, cohort: adapter.Cohort, head: Mapping[Key, Tensor], basis: str, rank: int
+    config: Config, cohort: adapter.Cohort, head: Mapping[Key, Tensor], basis: str, rank: int | None = None
 ) -> dict[Key, Tensor]:
-    """What every client of this rank starts from: the seed's factors, or a PEFT adapter's A and B with C = I."""
+    """What a client of this rank (by default the largest) starts from: the seed's factors, or a PEFT adapter's A and B."""
+    rank = largest_rank(config.rank) if rank is None else rank
     factors = adapter.initial_factors(cohort.layout, head, rank=rank, seed=config.seed, basis=basis)
     if config.init_adapter is not None:
         if basis != "kaiming":

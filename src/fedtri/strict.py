@@ -18,6 +18,7 @@ EXPECTED = {
     "float_type": "a number",
     "finite_number": "a finite number",
     "string_type": "text",
+    "string_pattern_mismatch": "text that matches {pattern}",
     "bool_type": "true or false",
     "list_type": "a list in [brackets]",
     "dict_type": "a table of keys",
@@ -63,7 +64,8 @@ def complaint(schema: type[BaseModel], error: ValidationError) -> tuple[str, str
 
 
 def _expected(error: ErrorDetails) -> str:
-    what = EXPECTED.get(error["type"], error["msg"]).format(**error.get("ctx", {}))
+    template = EXPECTED.get(error["type"])
+    what = error["msg"] if template is None else template.format(**error.get("ctx", {}))
     place = error["loc"][-1]
     return f"{what} in place {place + 1}" if isinstance(place, int) else what.replace("False", "false")
 

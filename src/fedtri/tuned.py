@@ -59,7 +59,7 @@ def export(folder: Path, client: str, to: Path, *, merge: bool = False) -> None:
     tuned = open_client(folder, client)
     alpha = tuned.config.lora_alpha
     rank = rank_of(tuned.factors)
-    cohort, _, _ = load_cohort(tuned.config, tuned.labels, 1, rank)
+    cohort, _, _ = load_cohort(tuned.config, tuned.labels, 1)
     if not merge:
         peft_format.write_peft(to, tuned.factors, cohort, alpha=alpha, base_model=locate(tuned.config.model))
         return
@@ -79,7 +79,7 @@ def predict(folder: Path, client: str, texts: Sequence[str]) -> list[Answer]:
     tuned = open_client(folder, client)
     config = tuned.config
     rank = rank_of(tuned.factors)
-    cohort, tokenizer, head = load_cohort(config, tuned.labels, 1, rank)
+    cohort, tokenizer, head = load_cohort(config, tuned.labels, 1)
     untuned = start(config, cohort, head, choose_method(config).basis, rank)
     task = text.TextClassification(len(tuned.labels))
     examples = text.tokenize(tokenizer, list(texts), None, torch.zeros(len(texts)).long().numpy(), config.max_length)

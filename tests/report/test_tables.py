@@ -82,3 +82,11 @@ def test_a_baseline_without_the_grids_key_serves_every_point(tmp_path):
         found += runs(tmp_path, ["ce_lora"], [0], method_options={"top_k": k})
     groups = tables.grouped(found)
     assert tables.baselines(groups) == [groups[0]] * 3
+
+
+def test_the_verdict_never_leaves_a_difference_bare(tmp_path):
+    found = runs(tmp_path, ["ce_lora", "local"], [0, 1, 2])
+    said = page.verdict(tables.grouped(found))  # the baseline itself is highest here: it is set against the next
+    assert said.startswith("CE-LoRA has the highest mean accuracy")
+    assert "against Local only, 95 % interval" in said
+    assert "over 3 seeds" in said

@@ -218,7 +218,7 @@ def local_against_aggregated(run: Run) -> go.Figure:
 
 def rho(run: Run, which: str = "exact") -> go.Figure:
     """ρ by layer and round: how far what was sent down is from the mean of the clients' products."""
-    table = run.rho(which)
+    table = run.rho(which).dropna(how="all")
     table = table.loc[_spaced(list(table.index), MOST_POINTS)]
     what = {
         "exact": "what was sent down is from the mean of the clients' products",

@@ -106,7 +106,9 @@ def verdict(groups: Sequence[tables.Group], baseline: str | None = None) -> str:
     top = max(scored, key=lambda g: g.mean("mean"))
     other = dict(zip(map(id, groups), tables.baselines(groups, baseline), strict=True))[id(top)]
     first = f"{top.label} has the highest mean accuracy, {share(top.mean('mean'))}"
-    if other is not None and other is not top:
+    if other is top:  # nothing to subtract but the next best
+        other = max((g for g in scored if g is not top), key=lambda g: g.mean("mean"), default=None)
+    if other is not None:
         gap = tables.paired(top, other)
         first += f": {points(gap.mean)} points against {other.label}"
         if math.isfinite(gap.low):
