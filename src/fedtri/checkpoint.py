@@ -4,6 +4,7 @@ checkpoints/00003.json names the server's tensors, every client's current file a
 newest round whose files are all as they were written; the one before it is kept for the case that they are not.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -47,7 +48,7 @@ def save(folder: Path, state: ServerState, store: ClientStore, line: Mapping[str
         "delivered": state.delivered,
         "sketches": list(state.sketches),
     }
-    body = json.dumps(manifest)
+    body = json.dumps({**manifest, "digest": _digest(manifest)})
     write_atomic(folder / f"{state.round:05}.json", body.encode())
     manifests = sorted(folder.glob("*.json"))
     for old in manifests[:-KEPT]:
@@ -84,9 +85,17 @@ def _load(path: Path, clients: Path) -> Checkpoint:
 
 def _manifest(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
+        manifest = json.loads(path.read_text())
+        digest = manifest.pop("digest")
+    except (OSError, ValueError, AttributeError, KeyError):
         raise FedtriError(f"{path}: the checkpoint was cut short") from None
+    if digest != _digest(manifest):
+        raise FedtriError(f"{path}: the checkpoint was changed since it was written")
+    return manifest
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
 
 
 def _tensors(state: ServerState) -> dict[str, Tensor]:

@@ -143,10 +143,15 @@ def load(path: str | Path | None = None, settings: Sequence[str] = (), **flags: 
     values = {} if path is None else read(path)
     given = {f"--{key}": (key, value) for key, value in flags.items() if value is not None}
     given |= {f"--set {key}": (key, value) for key, value in map(parse_setting, settings)}
-    for length, other in (("steps", "epochs"), ("epochs", "steps")):
-        # one of the two on the command line replaces the other in the file
-        if any(key == length for key, _ in given.values()) and other not in {key for key, _ in given.values()}:
-            values.pop(other, None)
+    asked = dict(given.values())
+    if {"steps", "epochs"} <= set(asked):
+        raise FedtriError("--set steps, --set epochs: both are given, expected one of them; leave the other out")
+    # what is asked for replaces what the file says of the same matter
+    replaced = {"steps": "epochs", "epochs": "steps"}
+    if str(asked.get("partition")).startswith("natural:") and "clients" not in asked:
+        replaced["partition"] = "clients"
+    for key in replaced.keys() & asked.keys():
+        values.pop(replaced[key], None)
     for origin, (key, value) in given.items():
         _put(values, key, value, origin)
     return validated(

@@ -85,9 +85,13 @@ def _rounds(method: Method, layout: Layout, rank: int, rounds: int) -> list[tupl
 
 
 def skeleton(model: str, labels: int | None = None) -> nn.Module:
-    """The model with its task head on the meta device: shapes without numbers."""
+    """The model with its task head on the meta device: shapes without numbers. Raises FedtriError where it has none."""
     path = Path(model).expanduser()
-    shape = AutoConfig.from_pretrained(str(path) if path.is_file() else locate(model))
+    try:
+        shape = AutoConfig.from_pretrained(str(path) if path.is_file() else locate(model))
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise FedtriError(f"model: {model} has no configuration: {reason}; expected a folder or hub name") from None
     if labels is not None:
         shape.num_labels = labels
     with torch.device("meta"):

@@ -165,13 +165,14 @@ def clients(summary: Mapping[str, Any], most: int = 20) -> Table:
     return table
 
 
-def amount(count: float) -> str:
+def amount(count: int) -> str:
     """Bytes as people read them."""
+    size = float(count)
     for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
+        if size < 1000:
+            return f"{count} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
 
 
 def _bytes(line: Mapping[str, Any]) -> int:

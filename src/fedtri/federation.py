@@ -137,7 +137,7 @@ def load_cohort(
 def start(
     config: Config, cohort: adapter.Cohort, head: Mapping[Key, Tensor], basis: str, rank: int | None = None
 ) -> dict[Key, Tensor]:
-    """What a client of this rank (by default the largest) starts from: the seed's factors, or a PEFT adapter's A and B."""
+    """What a client of this rank (or the largest) starts from: the seed's factors, or a PEFT adapter's A and B."""
     rank = largest_rank(config.rank) if rank is None else rank
     factors = adapter.initial_factors(cohort.layout, head, rank=rank, seed=config.seed, basis=basis)
     if config.init_adapter is not None:

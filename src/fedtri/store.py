@@ -40,7 +40,7 @@ class ClientStore:
 
     def save(self, client: str, factors: Factors, tag: str) -> None:
         """Write the client's tensors under a name of their own and make them current."""
-        data = safetensors.torch.save({key_name(key): value for key, value in factors.items()})
+        data = safetensors.torch.save({key_name(key): value.contiguous() for key, value in factors.items()})
         file = f"{client}/{tag}.safetensors"
         self.current[client] = Saved(file, write_atomic(self.folder / file, data))
 

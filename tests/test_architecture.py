@@ -1,0 +1,79 @@
+"""What the design promises of the imports, beside the layers that import-linter checks in `make check`."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import fedtri
+from fedtri.methods import METHODS
+
+ROOT = Path(fedtri.__file__).parent
+FILES = sorted(ROOT.rglob("*.py"))
+HEAVY = ("torch", "transformers", "sklearn", "ot", "datasets", "peft", "flwr")
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Every module a file imports anywhere, with the names taken from it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def is_of(module: str, packages: tuple[str, ...]) -> bool:
+    return module.split(".")[0] in packages
+
+
+@pytest.mark.parametrize("module", ["fedtri", "fedtri.cli", "fedtri.rundir", "fedtri.report.page"])
+def test_what_needs_no_model_loads_no_model_library(module):
+    """`fedtri --help` and the report answer at once; seen to fail (6 s) with torch imported at the top of cli."""
+    code = f"import sys, {module}; print(*sorted(set({HEAVY}) & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
+def test_flower_is_imported_by_its_transport_alone():
+    """And by its app, which lives under deploy/."""
+    users = {str(path.relative_to(ROOT)) for path in FILES if any(is_of(m, ("flwr",)) for m in imported(path))}
+    assert all(name.startswith("transport/flower") for name in users)
+
+
+def test_the_report_imports_no_torch():
+    for path in (ROOT / "report").rglob("*.py"):
+        assert not any(is_of(module, ("torch", "transformers")) for module in imported(path)), path
+
+
+def test_nothing_is_ever_unpickled():
+    for path in FILES:
+        modules = set(imported(path))
+        assert not any(is_of(module, ("pickle", "dill", "cloudpickle", "joblib", "shelve")) for module in modules), path
+        calls = [ast.unparse(node.func) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        assert not {"torch.load", "torch.save", "eval", "exec"} & set(calls), path
+
+
+def test_no_global_random_numbers():
+    """Whatever is random takes a seed or a generator."""
+    for path in FILES:
+        tree = ast.parse(path.read_text())
+        calls = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+        legacy = {name for name in calls if name.startswith("np.random.") and name != "np.random.default_rng"}
+        assert not legacy | (calls & {"torch.manual_seed", "random.seed", "random.random", "random.shuffle"}), path
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "methods").glob("[!_]*.py")), ids=lambda path: path.stem)
+def test_a_method_is_one_file_of_its_own_name_that_imports_no_other(path):
+    assert path.stem in METHODS
+    assert METHODS[path.stem].__module__ == f"fedtri.methods.{path.stem}"
+    assert not any(module.startswith("fedtri.methods") for module in imported(path))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_module_opens_with_what_it_does(path):
+    said = ast.get_docstring(ast.parse(path.read_text()))
+    assert said, path
+    assert said.splitlines()[0].rstrip().endswith((".", "?", ":"))
