@@ -211,5 +211,5 @@ def test_an_export_of_the_run_is_the_adapter_that_the_run_left(trained, tmp_path
     tensors = [safetensors.torch.load_file(path / "adapter_model.safetensors") for path in (
         tmp_path / "again", folder / "adapters" / CLIENT)]  # fmt: skip
     assert_same(*tensors)
-    with pytest.raises(FedtriError, match="no client 'nobody'; it has client-00, client-01"):
+    with pytest.raises(FedtriError, match="no client 'nobody', expected one of client-00, client-01"):
         tuned.export(folder, "nobody", tmp_path / "nobody")
