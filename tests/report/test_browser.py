@@ -156,6 +156,7 @@ def test_the_slider_shows_another_round(opened):
     one = opened("run")
     one.draw_all()
     one.page.click("#model-matrix summary")
+    one.page.wait_for_selector("#model-matrix table")  # filled when the summary's toggle event has run
     cell = "document.querySelector('#model-matrix table').rows[1].cells[3].textContent"
     last = one.page.evaluate(cell)
     one.page.focus("#model-matrix input[type=range]")
