@@ -118,7 +118,7 @@ def train(
                 on_step(slot, totals[slot][1], loss)
         return {slot: total / max(count, 1) for slot, (total, count) in totals.items()}
 
-    shares = _shares(works, [examples.lengths[work.rows].mean() for work in works], cohort)
+    shares = _shares(works, [float(examples.lengths[work.rows].mean()) for work in works], cohort)
     found = _merged(side_by_side([partial(fit, share) for share in shares]))
     cohort.train_only(frozenset())
     return found
@@ -163,7 +163,7 @@ def evaluate(
             result[slot] = {"loss": float(loss[own].sum()) / terms, "accuracy": float(correct[own].sum()) / terms}
         return result
 
-    shares = _shares(list(rows), [examples.lengths[own].sum() for own in rows.values()], cohort)
+    shares = _shares(list(rows), [float(examples.lengths[own].sum()) for own in rows.values()], cohort)
     if not cohort.together:
         shares = [[slot] for share in shares for slot in share]
     return _merged(side_by_side([partial(score, share) for share in shares]))
