@@ -131,8 +131,8 @@ class Lab:
 
 
 DEFAULTS: dict[str, Any] = {
-    "text_columns": ["sentence"],
-    "label_column": "topic",
+    "columns__text": "sentence",
+    "columns__label": "topic",
     "clients": 4,
     "partition": "dirichlet:1.0",
     "rounds": 2,
