@@ -38,7 +38,7 @@ def command(capsys, monkeypatch):
 @pytest.fixture
 def tiny(lab):
     """The options that choose the tiny model and its data."""
-    columns = ["--set", 'text_columns=["sentence"]', "--set", "label_column=topic", "--set", "partition=iid"]
+    columns = ["--set", "columns.text=sentence", "--set", "columns.label=topic", "--set", "partition=iid"]
     return ["--model", lab.model(), "--data", lab.data, *columns, *FAST]
 
 
@@ -172,7 +172,7 @@ def test_a_natural_partition_needs_no_number_of_clients(command, lab, tmp_path):
             'partition: expected "iid", "dirichlet:0.3", "pathological:2" or "natural:COLUMN"',
         ),
         (["--set", "partition=natural:topic"], 'clients: column "topic" holds 3 clients, got 4; leave clients out'),
-        (["--set", "label_column=nope"], 'topics.csv: no column "nope", found sentence, topic; name the right one'),
+        (["--set", "columns.label=nope"], 'topics.csv: no column "nope", found sentence, topic; name the right one'),
         (["--set", "split.test=0.3"], "--set split.test: expected train + validation + test to be 1"),
         (["--set", "init_adapter=nope"], "init_adapter: nope is not a PEFT adapter folder"),
         (["--set", "wire.norm_bound=1e-9"], "round 1: no reply can be used; "),
@@ -189,7 +189,7 @@ def test_a_mistake_is_one_line_and_the_same_out_can_be_tried_again(refused, comm
     [
         ("", "data.csv: the file is empty, expected examples"),
         ("text,label\n", "data.csv: holds no examples"),
-        ("a,b\n1,2\n", 'data.csv: no column "text", found a, b; name the right one with text_columns'),
+        ("a,b\n1,2\n", 'data.csv: no column "text", found a, b; name the right one with columns.text'),
         ("text,label\na,x\nb,x\nc,y\n", "data.csv: column \"label\" holds the label 'y' once"),
         ("text,label\na,x\nb,x\nc,y\nd,y\n", "left one of 3 clients with fewer than 2 of 4 examples"),
     ],
@@ -301,10 +301,10 @@ def test_the_live_display_counts_rounds_clients_steps_loss_accuracy_and_bytes():
     with display.display(screen, loaded) as shown:
         bar = shown.progress.tasks[0]  # pyright: ignore[reportAttributeAccessIssue]
         shown.phase(0, "train", ["a", "b", "c", "d"])
-        shown.step(4, 0.9)
+        shown.step(0, 4, 0.9)
         assert bar.fields["status"] == "client 2/4  step 4/4  loss 0.900"
         first = bar.completed
-        shown.step(1, 0.8)  # the second cohort
+        shown.step(1, 1, 0.8)  # the second cohort
         assert bar.fields["status"] == "client 4/4  step 1/4  loss 0.800"
         assert 0 < first < bar.completed < 1
         shown.round(line)

@@ -37,11 +37,11 @@ def test_settings_override_flags_and_flags_override_the_file(tmp_path):
 @pytest.mark.parametrize(
     ("setting", "key", "value"),
     [
-        ('text_columns=["a", "b"]', "text_columns", ["a", "b"]),
+        ('targets=["a", "b"]', "targets", ["a", "b"]),
         ("partition=dirichlet:0.3", "partition", "dirichlet:0.3"),
         ("learning_rate=1", "learning_rate", 1),
         ("optimizer.schedule=cosine", "optimizer.schedule", "cosine"),
-        (" label_column = a b ", "label_column", "a b"),
+        (" data = a b ", "data", "a b"),
         ("evaluate=false", "evaluate", False),
         ('out="x=y"', "out", "x=y"),
         ("data=a=b", "data", "a=b"),
@@ -99,8 +99,9 @@ def test_a_natural_partition_has_as_many_clients_as_its_column_unless_told(tmp_p
         ("optimizer=3", "--set optimizer: expected a table of keys, got 3"),
         ("optimizer.clip=true", "--set optimizer.clip: expected a number or false, got true"),
         ("optimizer.betas=[0.9, 7]", "--set optimizer.betas: expected a number below 1.0 in place 2, got 7"),
-        ("text_columns=text", "--set text_columns: expected a list in [brackets], got 'text'"),
-        ("text_columns=[1]", "--set text_columns: expected text in place 1, got 1"),
+        ("optimizer.betas=0.9", "--set optimizer.betas: expected a list in [brackets], got 0.9"),
+        ("columns.text=['a']", "--set columns.text: expected text, got ['a']"),
+        ("columns.txt=a", "--set columns.txt: unknown key; did you mean columns.text?"),
         ("targets=[]", "--set targets: expected text or a list of at least 1, got []"),
     ],
 )

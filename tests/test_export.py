@@ -195,7 +195,7 @@ def test_what_exists_is_not_overwritten(trained, tmp_path):
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     on, _, _ = federation.load_cohort(config, LABELS, 1)
     for write in (
-        lambda: export.write_peft(tmp_path / "mine", own, on, alpha=6.0, base_model="m"),
+        lambda: export.write_peft(tmp_path / "mine", own, on, alpha=6.0, base_model="m", task_type="SEQ_CLS"),
         lambda: tuned.export(folder, CLIENT, tmp_path / "mine"),
         lambda: tuned.export(folder, CLIENT, tmp_path / "mine", merge=True),
         lambda: tuned.export(folder, CLIENT, tmp_path / "mine" / "thesis.txt"),

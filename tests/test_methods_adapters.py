@@ -7,7 +7,8 @@ from torch import nn
 from fedtri import adapter, export, federation
 from fedtri.errors import FedtriError
 from fedtri.methods import METHODS, build
-from fedtri.tasks import text_classification as text
+from fedtri.models import Weights
+from fedtri.tasks.text_classification import load
 from tiny import rounds
 
 KINDS = ("dora", "hira")
@@ -77,11 +78,13 @@ def test_exported_it_loads_in_peft_with_the_same_logits(lab, tmp_path, kind, mod
     factors = site.store.load(name)
     site.cohort.write(0, factors, 3, 6.0)
     mine = _logits(built)
-    export.write_peft(tmp_path / "out", factors, site.cohort, alpha=6.0, base_model=str(lab.model(model)))
-    plain, _, _ = text.load(str(lab.model(model)), built.label_names)
+    export.write_peft(
+        tmp_path / "out", factors, site.cohort, alpha=6.0, base_model=str(lab.model(model)), task_type="SEQ_CLS"
+    )
+    plain = load(str(lab.model(model)), built.label_names, Weights()).model
     loaded = peft.PeftModel.from_pretrained(plain, str(tmp_path / "out")).eval()
     torch.testing.assert_close(_logits(built, loaded), mine, atol=1e-5, rtol=0)
-    merged, _, _ = text.load(str(lab.model(model)), built.label_names)
+    merged = load(str(lab.model(model)), built.label_names, Weights()).model
     export.merge(merged, factors, site.cohort.layout, 2.0, kind)
     torch.testing.assert_close(_logits(built, merged.eval()), mine, atol=1e-5, rtol=0)
 
@@ -94,12 +97,12 @@ def test_merging_is_what_the_client_computes(lab, tmp_path, method):
     factors = site.store.load(name)
     site.cohort.write(0, factors, 4, 6.0)
     mine = _logits(built)
-    merged, _, _ = text.load(str(lab.model()), built.label_names)
+    merged = load(str(lab.model()), built.label_names, Weights()).model
     export.merge(merged, factors, site.cohort.layout, 1.5)
     torch.testing.assert_close(_logits(built, merged.eval()), mine, atol=1e-5, rtol=0)
     if method != "ravan":
         with pytest.raises(FedtriError, match="--merge"):
-            export.write_peft(tmp_path / "out", factors, site.cohort, alpha=6.0, base_model="x")
+            export.write_peft(tmp_path / "out", factors, site.cohort, alpha=6.0, base_model="x", task_type="SEQ_CLS")
 
 
 def _logits(built: federation.Federation, model: nn.Module | None = None) -> torch.Tensor:

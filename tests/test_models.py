@@ -142,12 +142,12 @@ def test_a_fresh_head_comes_from_the_seed_and_a_trained_one_stays():
     one, other = classifier("bert", seed=1), classifier("bert", seed=2)
     weight, bias = Key("classifier.weight", "H"), Key("classifier.bias", "H")
     names = {"classifier.weight", "classifier.bias"}
-    fresh = [initial_head(m, names, seed=5) for m in (one, other)]
+    fresh = [initial_head(m, ["classifier"], names, seed=5) for m in (one, other)]
     assert torch.equal(fresh[0][weight], fresh[1][weight])
     assert not fresh[0][bias].any()
-    assert not torch.equal(fresh[0][weight], initial_head(one, names, seed=6)[weight])
+    assert not torch.equal(fresh[0][weight], initial_head(one, ["classifier"], names, seed=6)[weight])
     assert 0.15 < float(fresh[0][weight].std()) < 0.5  # the initializer_range of these configs is 0.3
-    assert torch.equal(initial_head(one, set(), seed=5)[weight], one.classifier.weight)
+    assert torch.equal(initial_head(one, ["classifier"], set(), seed=5)[weight], one.classifier.weight)
 
 
 @pytest.mark.parametrize("model", ["./nowhere", "/nowhere/at/all", "a/b/c"])

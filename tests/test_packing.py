@@ -18,7 +18,7 @@ PACKED = {"bert", "roberta", "distilbert", "gpt2", "llama", "mistral", "qwen2", 
 
 def cohort_of(kind: str) -> adapter.Cohort:
     model = classifier(kind).double()
-    head = models.initial_head(model, set(), 0)
+    head = models.initial_head(model, models.head_layers(model), set(), 0)
     on = adapter.Cohort(
         model, targets=models.find_targets(model, "auto"), head=models.head_layers(model), clients=2, rank=2
     )

@@ -15,7 +15,7 @@ README = (ROOT / "README.md").read_text()
 def test_the_python_example_runs(lab, tmp_path, monkeypatch, capsys):
     (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     tiny = [
-        f"model={lab.model()}", f"data={lab.data}", 'text_columns=["sentence"]', "label_column=topic", "clients=3",
+        f"model={lab.model()}", f"data={lab.data}", 'columns.text=sentence', "columns.label=topic", "clients=3",
         "rounds=2", "steps=1", "rank=2",
     ]  # fmt: skip
     monkeypatch.setattr(fedtri, "load_config", lambda **flags: config.load(None, tiny, **flags), raising=False)

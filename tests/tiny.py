@@ -117,7 +117,7 @@ class Lab:
             *path, last = key.split("__")
             inner = table
             for name in path:
-                inner = inner.setdefault(name, {})
+                inner[name] = inner = dict(inner.get(name, {}))
             inner[last] = value
         return config.validated(table)
 
@@ -131,8 +131,7 @@ class Lab:
 
 
 DEFAULTS: dict[str, Any] = {
-    "text_columns": ["sentence"],
-    "label_column": "topic",
+    "columns": {"text": "sentence", "label": "topic"},
     "clients": 4,
     "partition": "dirichlet:1.0",
     "rounds": 2,

@@ -57,7 +57,8 @@ class TriLinear(Stacked):
         super().__init__(routing)
         self.kind, self.dense = kind, dict[int, Tensor]()
         d_out, d_in = shape_of(base)
-        like = {"dtype": base.weight.dtype, "device": base.weight.device}  # pyright: ignore[reportAttributeAccessIssue]
+        weight: Tensor = base.weight  # pyright: ignore[reportAssignmentType]
+        like = {"dtype": precision(weight), "device": weight.device}
         self.base = base
         self.A = nn.Parameter(torch.zeros(clients, rank, d_in, **like))
         self.C = nn.Parameter(torch.zeros(clients, rank, rank // heads, **like))
@@ -66,13 +67,15 @@ class TriLinear(Stacked):
             self.S = nn.Parameter(torch.ones(clients, heads, **like))
         if kind == "dora":
             self.M = nn.Parameter(torch.ones(clients, d_out, **like))
-            self.register_buffer("squares", torch.linalg.vector_norm(weight_of(base), dim=1) ** 2, persistent=False)
+            self.register_buffer(
+                "squares", torch.linalg.vector_norm(weight_of(base).to(**like), dim=1) ** 2, persistent=False
+            )
         self.scale: Tensor
         self.squares: Tensor
         self.register_buffer("scale", torch.zeros(clients, **like), persistent=False)
 
     def forward(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_out"]:
-        out, rows = self.base(x), self.routing.rows(x)
+        out, rows = self.base(x), self.routing.rows(x).to(self.A.dtype)
         if self.kind == "hira":
             update = self.routing.each(rows, self._hira)
         else:
@@ -83,7 +86,7 @@ class TriLinear(Stacked):
             update = update + self.routing.each(rows, self._dense)
         if self.kind == "dora":
             return self._dora(out, update)
-        return out + update.reshape(out.shape)
+        return out + update.reshape(out.shape).to(out.dtype)
 
     def _core(self) -> Float[Tensor, "batch r r"]:
         """s · C of each sample's client."""
@@ -106,7 +109,8 @@ class TriLinear(Stacked):
         return rows.new_zeros(*rows.shape[:2], self.B.shape[1]) if W is None else rows @ W.mT
 
     def _hira(self, slot: int, rows: Tensor) -> Tensor:
-        return rows @ (weight_of(self.base) * (self.at("B", slot) @ self._core_at(slot) @ self.at("A", slot))).mT
+        update = self.at("B", slot) @ self._core_at(slot) @ self.at("A", slot)
+        return rows @ (weight_of(self.base).to(rows.dtype) * update).mT
 
     def _dora(self, out: Tensor, update: Float[Tensor, "batch tokens d_out"]) -> Tensor:
         """M / ‖W‖ · W x + bias; the norm is a constant to the gradient, as in DoRA's section 4.3 and in PEFT.
@@ -115,7 +119,7 @@ class TriLinear(Stacked):
         """
         with torch.no_grad():
             B, CA = self.of("B"), self._core() @ self.of("A")  # (batch, d_out, r), (batch, r, d_in)
-            cross = weight_of(self.base) @ CA.mT  # (batch, d_out, r)
+            cross = weight_of(self.base).to(CA.dtype) @ CA.mT  # (batch, d_out, r)
             squares = self.squares + (B * (2 * cross + B @ (CA @ CA.mT))).sum(-1)
             norm = squares.clamp(min=0).sqrt()  # (batch, d_out)
         gain = (self.of("M") / norm)[:, None]
@@ -123,7 +127,7 @@ class TriLinear(Stacked):
         plain = self.routing.rows(out)
         plain = plain if bias is None else plain - bias
         tuned = gain * (plain + update)
-        return (tuned if bias is None else tuned + bias).reshape(out.shape)
+        return (tuned if bias is None else tuned + bias).reshape(out.shape).to(out.dtype)
 
 
 class StackedLinear(Stacked):
@@ -131,15 +135,21 @@ class StackedLinear(Stacked):
 
     def __init__(self, base: nn.Linear, clients: int, routing: Routing) -> None:
         super().__init__(routing)
-        self.weight = nn.Parameter(base.weight.detach().expand(clients, -1, -1).clone())
-        bias = None if base.bias is None else nn.Parameter(base.bias.detach().expand(clients, -1).clone())
-        self.bias = bias
+        dtype = precision(base.weight)
+        self.weight = nn.Parameter(base.weight.detach().to(dtype).expand(clients, -1, -1).clone())
+        bias = None if base.bias is None else base.bias.detach().to(dtype)
+        self.bias = None if bias is None else nn.Parameter(bias.expand(clients, -1).clone())
 
     def forward(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_out"]:
-        y = torch.matmul(self.routing.rows(x), self.of("weight").mT)
+        y = torch.matmul(self.routing.rows(x).to(self.weight.dtype), self.of("weight").mT)
         if self.bias is not None:
             y = y + self.of("bias")[:, None]
         return y.reshape(*x.shape[:-1], -1)
+
+
+def precision(weight: Tensor) -> torch.dtype:
+    """The number type of what learns beside a weight: float32 where that is kept in fewer bits."""
+    return torch.promote_types(weight.dtype, torch.float32)
 
 
 def shape_of(linear: nn.Module) -> tuple[int, int]:

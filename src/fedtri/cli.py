@@ -10,6 +10,7 @@ import click
 import typer
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from fedtri import __version__
@@ -133,15 +134,15 @@ def export(
 def predict(
     folder: Folder,
     client: Client,
-    texts: Annotated[list[str], typer.Argument(metavar="TEXT…", help="What to classify.")],
+    texts: Annotated[list[str], typer.Argument(metavar="TEXT…", help="What to answer.")],
 ) -> None:
-    """Classify texts with a client's tuned model, beside the untuned one."""
+    """Ask a client's tuned model, and beside it the untuned one."""
     _prepare()
     from fedtri import tuned
 
     table = Table("text", "tuned", "untuned", title=f"{client} of {folder}", title_justify="left")
     for row in tuned.predict(folder, client, texts):
-        table.add_row(row.text, *(f"{label} {probability:.2f}" for label, probability in (row.tuned, row.untuned)))
+        table.add_row(*map(escape, (row.text, row.tuned, row.untuned)))
     console.print(table)
 
 
@@ -237,6 +238,7 @@ def cost(
     model: Annotated[str, typer.Option(help="A model folder, a config.json, or as in `fedtri run`.")] = "minilm",
     rank: Annotated[int, typer.Option(help="The adapter's rank.", min=1)] = 8,
     targets: Annotated[str, typer.Option(help="The layers that are adapted, as in a configuration.")] = "auto",
+    task: Annotated[str, typer.Option(help="What the model is for, as in a configuration.")] = "text_classification",
     labels: Annotated[int | None, typer.Option(help="Classes of the head; by default the model's own.")] = None,
     clients: Annotated[int, typer.Option(help="Clients in a round.", min=1)] = 1,
     rounds: Annotated[int, typer.Option(help="Rounds of the run.", min=1)] = 2,
@@ -247,7 +249,9 @@ def cost(
     _prepare()
     from fedtri import cost as costing
 
-    found = costing.costs(model, rank=rank, targets=targets, labels=labels, clients=clients, rounds=rounds, dtype=dtype)
+    found = costing.costs(
+        model, task=task, rank=rank, targets=targets, labels=labels, clients=clients, rounds=rounds, dtype=dtype
+    )
     whole = max(one.up + one.down for one in found)
     table = Table("method", "numbers up", "down", "bytes up", "down", "all bytes", "of full", box=box.SIMPLE_HEAD)
     for one in found:

@@ -140,12 +140,16 @@ def _evaluate(site: Site, tasks: Sequence[Task]) -> list[Reply]:
 
 
 def _scores(site: Site, tasks: Sequence[Task]) -> dict[int, dict[str, float]]:
-    """Loss and accuracy on each client's test split (and loss on its validation split where asked), by slot."""
+    """Each client's metrics on its test split (and loss on its validation split where asked), by slot."""
     splits = dict(enumerate(site.splits[task.client] for task in tasks))
     found: dict[int, dict[str, float]] = {slot: {} for slot in splits}
     if not site.evaluate:
         return found
-    found |= _on(site, {slot: split.test for slot, split in splits.items()})
+    tested = {slot: split.test for slot, split in splits.items() if len(split.test)}
+    for slot, scores in (measured := _on(site, tested)).items():
+        found[slot] = dict(scores)
+    for slot, scores in site.task.more_metrics(site.cohort, site.examples, tested, measured).items():
+        found[slot] |= scores
     if site.validate:
         for slot, scores in _on(site, {slot: split.validation for slot, split in splits.items()}).items():
             found[slot]["validation_loss"] = scores["loss"]

@@ -37,6 +37,26 @@ class DataOptions(Strict):
     limit: PositiveInt | None = None
 
 
+class Columns(Strict):
+    """[columns]: which column of the data is what to the task; without a name, the usual ones are looked for."""
+
+    text: str | None = None
+    text_pair: str | None = None
+    label: str | None = None
+    prompt: str | None = None
+    response: str | None = None
+    messages: str | None = None
+    tokens: str | None = None
+    tags: str | None = None
+    image: str | None = None
+
+
+class ModelOptions(Strict):
+    """[model_options]: the number type of the frozen weights; "auto" is the checkpoint's own. Adapters are float32."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+
+
 class SplitOptions(Strict):
     """[split]: what share of each client's examples is for training, validation and test."""
 
@@ -91,8 +111,7 @@ class Config(Strict):
 
     model: str = "minilm"
     data: str = "docstrings"
-    text_columns: list[str] = []
-    label_column: str | None = None
+    task: str = "text_classification"
     method: str = "ce_lora"
     clients: PositiveInt | None = 8
     partition: str = "dirichlet:0.3"
@@ -113,7 +132,10 @@ class Config(Strict):
     evaluate: bool = True
     out: str | None = None
     init_adapter: str | None = None
+    columns: Columns = Columns()
     method_options: dict[str, Any] = {}
+    task_options: dict[str, Any] = {}
+    model_options: ModelOptions = ModelOptions()
     optimizer: Optimizer = Optimizer()
     data_options: DataOptions = DataOptions()
     split: SplitOptions = SplitOptions()

@@ -11,12 +11,14 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
+from transformers import AutoConfig
 
 from fedtri.adapter import Cohort
 from fedtri.errors import FedtriError
 from fedtri.methods import METHODS, build
-from fedtri.models import find_targets, head_layers, locate
+from fedtri.models import find_targets, locate
+from fedtri.tasks import Recipe
+from fedtri.tasks import build as choose_task
 from fedtri.types import Layout, Method
 from fedtri.wire import DTYPES
 
@@ -36,6 +38,7 @@ class Cost:
 def costs(
     model: str,
     *,
+    task: str = "text_classification",
     rank: int = 8,
     targets: str | Sequence[str] = "auto",
     labels: int | None = None,
@@ -51,16 +54,11 @@ def costs(
     """
     if dtype not in DTYPES:
         raise FedtriError(f"--dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
-    adapted = Cohort(
-        plain := skeleton(model, labels),
-        targets=find_targets(plain, targets),
-        head=head_layers(plain),
-        clients=1,
-        rank=rank,
-    ).layout
-    whole = Cohort(
-        plain := skeleton(model, labels), targets=[], head=head_layers(plain), clients=1, rank=1, extra="P"
-    ).layout
+    recipe = choose_task(task)
+    plain = skeleton(model, recipe, labels)
+    adapted = Cohort(plain, targets=find_targets(plain, targets), head=recipe.head(plain), clients=1, rank=rank).layout
+    plain = skeleton(model, recipe, labels)
+    whole = Cohort(plain, targets=[], head=recipe.head(plain), clients=1, rank=1, extra="P").layout
     found = []
     for method in map(build, METHODS):
         if method.pooled or rank % method.heads:
@@ -84,8 +82,8 @@ def _rounds(method: Method, layout: Layout, rank: int, rounds: int) -> list[tupl
     return [(numbers(plan.up), numbers(plan.down & (plan.up | {"W"}))) for plan in plans]
 
 
-def skeleton(model: str, labels: int | None = None) -> nn.Module:
-    """The model with its task head on the meta device: shapes without numbers. Raises FedtriError where it has none."""
+def skeleton(model: str, recipe: Recipe, labels: int | None = None) -> nn.Module:
+    """The task's model on the meta device: shapes without numbers. Raises FedtriError where there is none."""
     path = Path(model).expanduser()
     try:
         shape = AutoConfig.from_pretrained(str(path) if path.is_file() else locate(model))
@@ -95,9 +93,7 @@ def skeleton(model: str, labels: int | None = None) -> nn.Module:
     if labels is not None:
         shape.num_labels = labels
     with torch.device("meta"):
-        if type(shape) in AutoModelForSequenceClassification._model_mapping:
-            return AutoModelForSequenceClassification.from_config(shape)
-        return AutoModel.from_config(shape)
+        return recipe.skeleton(shape)
 
 
 def write(path: Path, found: Sequence[Cost]) -> None:

@@ -38,6 +38,8 @@ def describe(line: Mapping[str, Any], rounds: int) -> str:
     for name, key in (("accuracy", "accuracy"), ("local", "accuracy_local")):
         if (value := line.get(key)) is not None:
             parts.append(f"{name} {value['mean']:.3f} ({value['worst']:.3f} to {value['best']:.3f})")
+    for name, value in line.get("metrics", {}).items():
+        parts.append(f"{name.replace('_', ' ')} {value['mean']:.3f}")
     up, down = (sum(line["bytes"][way].values()) for way in ("up", "down"))
     parts += [f"up {amount(up)}", f"down {amount(down)}", f"{sum(line['seconds'].values()):.1f} s"]
     return "  ".join(parts)
@@ -125,18 +127,23 @@ class _Live:
 
 
 def results(summaries: Sequence[Mapping[str, Any]]) -> Table:
-    """One row a run: client accuracy, what guessing would score, bytes a client sends and receives a round, seconds."""
+    """One row a run: client accuracy, what guessing would score (the test loss, where no run predicts a class), bytes a
+    client sends and receives a round, seconds.
+    """
+    yardstick = "guess" if any(summary["guess"] is not None for summary in summaries) else "loss"
     table = Table(
         title="accuracy over clients on their own test examples; bytes a client and round",
         title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True,
     )  # fmt: skip
-    for heading in ("method", "rounds", "clients", "mean", "worst", "best", "guess", "up", "down", "seconds"):
+    for heading in ("method", "rounds", "clients", "mean", "worst", "best", yardstick, "up", "down", "seconds"):
         table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
     for summary in summaries:
         score = summary["accuracy"]
         values = ["-"] * 3 if score is None else [f"{score[k]:.3f}" for k in ("mean", "worst", "best")]
+        against = summary["guess"] if yardstick == "guess" else (summary["test_loss"] or {}).get("mean")
         table.add_row(
-            summary["method"], str(summary["rounds"]), str(summary["clients"]), *values, f"{summary['guess']:.3f}",
+            summary["method"], str(summary["rounds"]), str(summary["clients"]), *values,
+            "-" if against is None else f"{against:.3f}",
             f"{summary['bytes']['up_per_client_round']:,}", f"{summary['bytes']['down_per_client_round']:,}",
             f"{summary['seconds']['total']:.0f}",
         )  # fmt: skip
@@ -157,9 +164,10 @@ def clients(summary: Mapping[str, Any], most: int = 20) -> Table:
     local = (summary["accuracy_local"] or {}).get("clients", {})
     for client, about in among[:most]:
         counts = about["labels"]
-        largest = summary["labels"][counts.index(max(counts))]
+        largest = summary["labels"][counts.index(max(counts))] if counts else "-"
         table.add_row(
-            client, str(about["train"]), str(about["test"]), largest, f"{about['guess']:.3f}",
+            client, str(about["train"]), str(about["test"]), largest,
+            "-" if about["guess"] is None else f"{about['guess']:.3f}",
             *(f"{scores[client]:.3f}" if client in scores else "-" for scores in (local, after)),
         )  # fmt: skip
     return table

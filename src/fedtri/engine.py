@@ -9,6 +9,9 @@ from fedtri import fidelity, server
 from fedtri.types import POOLED, Answer, Method, Phase, ServerState, Transport
 
 LOGGED_CLIENTS = 100
+OWN_METRICS = {"loss", "accuracy", "train_loss", "validation_loss", "loss_personal", "accuracy_personal"}
+"""Those that have a place of their own in a line of rounds.jsonl."""
+LOWER_IS_BETTER = {"perplexity"}
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,8 @@ class _Round:
             "bytes": {"up": self.up, "down": self.down, **({"sketch": self.sketch} if self.sketch else {})},
             "seconds": {name: round(value, 4) for name, value in self.seconds.items()},
         }
+        if more := further_metrics(trained, after):
+            line["metrics"] = more
         if validation := metric(after, "validation_loss"):
             line["validation_loss"] = sum(validation.values()) / len(validation)
         if refused:
@@ -132,6 +137,17 @@ class _Round:
 def metric(answers: Sequence[Answer], name: str) -> dict[str, float]:
     """This metric of each client that reported it."""
     return {a.reply.client: a.reply.metrics[name] for a in answers if name in a.reply.metrics}
+
+
+def further_metrics(trained: Sequence[Answer], after: Sequence[Answer]) -> dict[str, Any]:
+    """What clients report beyond losses and accuracy: NAME after aggregation, NAME_local after local training."""
+    table = {}
+    for answers, suffix in ((after, ""), (trained, "_local")):
+        names = sorted({name for answer in answers for name in answer.reply.metrics} - OWN_METRICS)
+        for name in names:
+            lower = name.removesuffix("_personal") in LOWER_IS_BETTER
+            table[name + suffix] = spread(metric(answers, name), higher_is_better=not lower)
+    return table
 
 
 def spread(values: Mapping[str, float], higher_is_better: bool = True) -> dict[str, Any] | None:

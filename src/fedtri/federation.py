@@ -2,13 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
-from fedtri import adapter, fedopt, methods, models
+from fedtri import adapter, fedopt, methods, models, tasks
 from fedtri.client import Site
 from fedtri.config import Config
 from fedtri.data import Pool, load_pool
@@ -19,7 +19,7 @@ from fedtri.export import read_peft
 from fedtri.seeds import derive
 from fedtri.server import Expectation, sample
 from fedtri.store import ClientStore
-from fedtri.tasks import text_classification as text
+from fedtri.tasks import Recipe
 from fedtri.train import Optimization
 from fedtri.transport.local import LocalTransport
 from fedtri.types import POOLED, Key, Method
@@ -35,39 +35,51 @@ class Federation:
     transport: LocalTransport
     expected: Expectation
     schedule: Schedule
-    tokenizer: PreTrainedTokenizerBase
+    recipe: Recipe
+    processor: Any
     label_names: tuple[str, ...]
 
     def describe_clients(self) -> dict[str, dict[str, object]]:
-        """Each client's sizes, its counts of each class, and what guessing its largest training class would score."""
+        """Each client's sizes, its counts of each class, and what guessing its largest training class would score.
+
+        The counts are None where there are no classes, the guess where no class is predicted.
+        """
         table = {}
         labels = self.site.examples.labels
-        assert labels is not None
         for client in self.transport.clients():
             split = self.site.splits[client]
+            sizes = {"train": len(split.train), "validation": len(split.validation), "test": len(split.test)}
+            if labels is None:
+                table[client] = {**sizes, "labels": None, "guess": None}
+                continue
             counts = np.bincount(labels[split.train], minlength=len(self.label_names))
-            table[client] = {
-                "train": len(split.train),
-                "validation": len(split.validation),
-                "test": len(split.test),
-                "labels": counts.tolist(),
-                "guess": float((labels[split.test] == counts.argmax()).mean()),
-            }
+            guess = float((labels[split.test] == counts.argmax()).mean()) if self.recipe.classifies else None
+            table[client] = {**sizes, "labels": counts.tolist(), "guess": guess}
         return table
 
 
 def build(config: Config, store: ClientStore) -> Federation:
     """The federation a config describes, its clients' tensors kept in `store`. Raises FedtriError on bad input."""
     method = choose_method(config)
+    recipe = choose_task(config)
     pool = load_pool(
-        config.data, text_columns=config.text_columns, label_column=config.label_column,
-        limit=config.data_options.limit, seed=config.seed,
-    )  # fmt: skip
+        config.data, recipe.pool, columns=columns(config), limit=config.data_options.limit, seed=config.seed
+    )
     shares = (config.split.train, config.split.validation, config.split.test)
     splits = partition(pool, spec=config.partition, clients=config.clients, seed=config.seed, fractions=shares)
     clients = 1 if "P" in method.extra else min(len(splits), config.simulation.cohort or len(splits))
-    cohort, tokenizer, head = load_cohort(config, pool.label_names, clients)
-    return assemble(config, method, pool, splits, cohort, tokenizer, head, store)
+    cohort, processor, head = load_cohort(config, pool.label_names, clients)
+    return assemble(config, method, pool, splits, cohort, processor, head, store)
+
+
+def choose_task(config: Config) -> Recipe:
+    """The task a config describes, with its options. Raises FedtriError for one that has no use for a column given."""
+    return tasks.build(config.task, config.task_options, columns(config))
+
+
+def columns(config: Config) -> dict[str, str]:
+    """The columns that are given, by role."""
+    return {role: name for role, name in config.columns.model_dump().items() if name is not None}
 
 
 def choose_method(config: Config) -> Method:
@@ -113,25 +125,26 @@ def largest_rank(rank: int | list[int] | str) -> int:
 
 def load_cohort(
     config: Config, label_names: tuple[str, ...], clients: int
-) -> tuple[adapter.Cohort, PreTrainedTokenizerBase, Mapping[Key, Tensor]]:
-    """The model with room for `clients` clients' factors, its tokenizer, and the head everyone starts from.
+) -> tuple[adapter.Cohort, Any, Mapping[Key, Tensor]]:
+    """The model with room for `clients` clients' factors, its processor, and the head everyone starts from.
 
     Beside the head stand the tensors that start as the model has them: DoRA's magnitudes, a backbone that learns.
     """
-    model, tokenizer, fresh = text.load(config.model, label_names)
-    method = choose_method(config)
-    head = models.initial_head(model, fresh, config.seed)
+    recipe, method = choose_task(config), choose_method(config)
+    loaded = recipe.load(config.model, label_names, models.Weights(config.model_options.dtype))
+    model, layers = loaded.model, recipe.head(loaded.model)
+    head = models.initial_head(model, layers, loaded.fresh, config.seed)
     cohort = adapter.Cohort(
         model.to(_device(config.device)),
         targets=[] if "P" in method.extra else models.find_targets(model, config.targets),
-        head=models.head_layers(model),
+        head=layers,
         clients=clients,
         rank=largest_rank(config.rank),
         kind=config.adapter,
         extra=method.extra,
         heads=method.heads,
     )
-    return cohort, tokenizer, {**head, **cohort.initial()}
+    return cohort, loaded.processor, {**head, **cohort.initial()}
 
 
 def start(
@@ -153,14 +166,12 @@ def assemble(
     pool: Pool,
     splits: Mapping[str, Split],
     cohort: adapter.Cohort,
-    tokenizer: PreTrainedTokenizerBase,
+    processor: Any,
     head: Mapping[Key, Tensor],
     store: ClientStore,
 ) -> Federation:
     """The federation over data, splits and a model that are already at hand."""
-    columns = pool.table.column_names
-    labels = np.asarray(pool.table["label"])
-    pairs = pool.table["text_pair"] if "text_pair" in columns else None
+    recipe = choose_task(config)
     ranks = client_ranks(config.rank, sorted(splits), config.seed)
     first = {rank: start(config, cohort, head, method.basis, rank) for rank in set(ranks.values())}
     local = optimization(config)
@@ -170,8 +181,8 @@ def assemble(
         splits, ranks = {**splits, POOLED: _pooled(splits)}, {**ranks, POOLED: max(ranks.values())}
     site = Site(
         cohort=cohort,
-        task=text.TextClassification(len(pool.label_names)),
-        examples=text.tokenize(tokenizer, pool.table["text"], pairs, labels, config.max_length),
+        task=recipe.learning(pool.label_names, processor),
+        examples=recipe.examples(pool, processor, config.max_length),
         splits=splits,
         ranks=ranks,
         alpha=config.lora_alpha,
@@ -193,7 +204,8 @@ def assemble(
         transport=LocalTransport(site, config.wire.dtype),
         expected=Expectation(cohort.layout, site.ranks, config.wire.norm_bound, config.lora_alpha),
         schedule=Schedule(config.rounds, config.fraction, config.seed, config.evaluate, config.early_stopping.patience),
-        tokenizer=tokenizer,
+        recipe=recipe,
+        processor=processor,
         label_names=pool.label_names,
     )
 

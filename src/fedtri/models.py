@@ -1,7 +1,8 @@
 """Hugging Face models: where they come from, which layers are adapted by default, and which layers are the head."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -40,6 +41,14 @@ ATTENTION = {
 
 ViT's were renamed within transformers 5: of several names, those that the model has.
 """
+
+
+@dataclass(frozen=True)
+class Weights:
+    """How a model's frozen weights are kept."""
+
+    dtype: str = "auto"
+    """float32, bfloat16 or float16; auto: as the checkpoint has them."""
 
 
 def locate(model: str) -> str:
@@ -118,14 +127,14 @@ def head_layers(model: nn.Module) -> list[str]:
     return names
 
 
-def initial_head(model: nn.Module, fresh: set[str], seed: int) -> dict[Key, Tensor]:
+def initial_head(model: nn.Module, layers: Sequence[str], fresh: Collection[str], seed: int) -> dict[Key, Tensor]:
     """The head every client starts from: as loaded, and from the run's seed where the checkpoint had none.
 
     Fresh weights are N(0, initializer_range²) as in transformers, fresh biases 0.
     """
     std = getattr(getattr(model, "config", None), "initializer_range", 0.02)
     head: dict[Key, Tensor] = {}
-    for layer in head_layers(model):
+    for layer in layers:
         for name, parameter in model.get_submodule(layer).named_parameters():
             key, value = Key(f"{layer}.{name}", "H"), parameter.detach().cpu().clone()
             if key.layer in fresh:

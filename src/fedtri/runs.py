@@ -103,7 +103,7 @@ def export_client(target: Path, federation: Federation, client: str) -> None:
     site = federation.site
     write_peft(
         target, site.store.load(client) or site.initial(client), site.cohort, alpha=site.alpha,
-        base_model=locate(federation.config.model),
+        base_model=locate(federation.config.model), task_type=federation.recipe.peft_type,
     )  # fmt: skip
 
 
@@ -117,17 +117,21 @@ def summarise(federation: Federation, lines: Sequence[Mapping[str, Any]]) -> dic
     sketches = [n for line in lines for n in line["bytes"].get("sketch", {}).values()]
     any_client = federation.transport.clients()[0]
     payload = payload_bytes(only(site.initial(any_client), federation.method.plan(0).up), config.wire.dtype)
-    clients = federation.describe_clients()
+    clients, losses = federation.describe_clients(), latest(lines, "test_loss")
+    guesses = [float(str(about["guess"])) for about in clients.values() if about["guess"] is not None]
     return {
         "method": config.method,
         "model": config.model,
+        "task": config.task,
         "data": config.data,
         "partition": config.partition,
         "rounds": len(lines),
         "clients": len(clients),
         "accuracy": after and engine.spread(after),
         "accuracy_local": local and engine.spread(local),
-        "guess": sum(float(str(c["guess"])) for c in clients.values()) / len(clients),
+        "test_loss": losses and engine.spread(losses, higher_is_better=False),
+        "metrics": {name: spread for line in lines for name, spread in line.get("metrics", {}).items()},
+        "guess": sum(guesses) / len(guesses) if guesses else None,
         "bytes": {
             "up_per_client_round": round(sum(ups) / len(ups)),
             "down_per_client_round": round(sum(downs) / len(downs)),

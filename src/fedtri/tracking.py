@@ -48,6 +48,8 @@ def values(line: Mapping[str, Any]) -> dict[str, float]:
     for metric in ("accuracy", "accuracy_local", "test_loss", "test_loss_local"):
         spread = line.get(metric) or {}
         found |= {f"{metric}/{key}": spread[key] for key in ("mean", "worst", "best") if key in spread}
+    for metric, spread in (line.get("metrics") or {}).items():
+        found |= {f"{metric}/{key}": spread[key] for key in ("mean", "worst", "best")}
     found |= {f"bytes/{way}": sum(counts.values()) for way, counts in (line.get("bytes") or {}).items()}
     found |= {f"seconds/{phase}": spent for phase, spent in (line.get("seconds") or {}).items()}
     return found

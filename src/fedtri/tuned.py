@@ -4,17 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from fedtri import checkpoint, rundir
 from fedtri import config as configuration
 from fedtri import export as peft_format
 from fedtri.config import Config
 from fedtri.errors import FedtriError
-from fedtri.federation import choose_method, load_cohort, start
-from fedtri.models import locate
+from fedtri.federation import choose_method, choose_task, load_cohort, start
+from fedtri.models import Weights, locate
 from fedtri.store import ClientStore
-from fedtri.tasks import text_classification as text
 from fedtri.types import Factors
 
 
@@ -29,11 +26,11 @@ class Tuned:
 
 @dataclass(frozen=True)
 class Answer:
-    """A text, and the (label, probability) of the tuned and of the untuned model."""
+    """An input, and what the tuned and the untuned model answer."""
 
     text: str
-    tuned: tuple[str, float]
-    untuned: tuple[str, float]
+    tuned: str
+    untuned: str
 
 
 def open_client(folder: Path, client: str) -> Tuned:
@@ -60,39 +57,40 @@ def export(folder: Path, client: str, to: Path, *, merge: bool = False) -> None:
     alpha = tuned.config.lora_alpha
     rank = rank_of(tuned.factors)
     cohort, _, _ = load_cohort(tuned.config, tuned.labels, 1)
+    recipe = choose_task(tuned.config)
     if not merge:
-        peft_format.write_peft(to, tuned.factors, cohort, alpha=alpha, base_model=locate(tuned.config.model))
+        peft_format.write_peft(
+            to, tuned.factors, cohort, alpha=alpha, base_model=locate(tuned.config.model), task_type=recipe.peft_type
+        )
         return
-    model, tokenizer, _ = text.load(tuned.config.model, tuned.labels)
-    merged = peft_format.merge(model, tuned.factors, cohort.layout, alpha / rank, tuned.config.adapter)
+    plain = recipe.load(tuned.config.model, tuned.labels, Weights(tuned.config.model_options.dtype))
+    merged = peft_format.merge(plain.model, tuned.factors, cohort.layout, alpha / rank, tuned.config.adapter)
     part = to.with_name(f".{to.name}.part")
     part.mkdir(parents=True, exist_ok=True)
     merged.save_pretrained(part)  # pyright: ignore[reportCallIssue]
-    tokenizer.save_pretrained(part)
+    plain.processor.save_pretrained(part)
     part.replace(to)
 
 
-def predict(folder: Path, client: str, texts: Sequence[str]) -> list[Answer]:
-    """What the client's tuned model says of each text, and what the model it started from says."""
-    if blank := [place for place, t in enumerate(texts, start=1) if not t.strip()]:
-        raise FedtriError(f"text {blank[0]} is empty, expected something to classify")
+def predict(folder: Path, client: str, inputs: Sequence[str]) -> list[Answer]:
+    """What the client's tuned model says of each input, and what the model it started from says.
+
+    Raises FedtriError for an empty input, and for a task that answers nothing.
+    """
+    if blank := [place for place, t in enumerate(inputs, start=1) if not t.strip()]:
+        raise FedtriError(f"text {blank[0]} is empty, expected something to answer")
     tuned = open_client(folder, client)
-    config = tuned.config
+    config, recipe = tuned.config, choose_task(tuned.config)
+    if recipe.answers is None:
+        raise FedtriError(f"{folder}: task {recipe.name} has no answers to show; use fedtri export")
     rank = rank_of(tuned.factors)
-    cohort, tokenizer, head = load_cohort(config, tuned.labels, 1)
+    cohort, processor, head = load_cohort(config, tuned.labels, 1)
     untuned = start(config, cohort, head, choose_method(config).basis, rank)
-    task = text.TextClassification(len(tuned.labels))
-    examples = text.tokenize(tokenizer, list(texts), None, torch.zeros(len(texts)).long().numpy(), config.max_length)
-    device = next(cohort.model.parameters()).device
-    batch = {name: value.to(device) for name, value in examples.batch(torch.arange(len(texts)).numpy()).items()}
-    said: list[list[tuple[str, float]]] = []
+    said = []
     for factors in (tuned.factors, untuned):
         cohort.write(0, factors, rank, config.lora_alpha)
-        cohort.route([0] * len(texts))
-        with torch.inference_mode():
-            probabilities = task.logits(cohort.model, batch).softmax(-1).cpu()
-        said.append([(tuned.labels[int(row.argmax())], float(row.max())) for row in probabilities])
-    return [Answer(t, *pair) for t, *pair in zip(texts, *said, strict=True)]
+        said.append(recipe.answers(cohort, processor, tuned.labels, inputs, config.max_length))
+    return [Answer(t, *pair) for t, *pair in zip(inputs, *said, strict=True)]
 
 
 def rank_of(factors: Factors) -> int:

@@ -5,6 +5,7 @@ from collections import Counter
 import pytest
 
 from fedtri.data import docstrings, load_pool
+from fedtri.tasks.text_classification import pool as made
 
 MODULE = '''"""First paragraph of
 a module.
@@ -116,11 +117,11 @@ def test_a_cache_that_cannot_be_written_is_no_error(tmp_path, collected, monkeyp
 @pytest.mark.slow
 def test_the_installed_libraries_give_six_full_classes(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    pool = load_pool("docstrings")
+    pool = load_pool("docstrings", made)
     texts = pool.table["text"][:]
     counts = Counter(pool.table["label"])
     assert pool.label_names == ("python", "numpy", "scikit-learn", "scipy", "torch", "transformers")
     assert all(900 <= counts[label] <= 1200 for label in range(6)), counts
     assert len({text.casefold() for text in texts}) == len(texts)
     assert all(20 <= len(text) <= 200 and "\n" not in text for text in texts)
-    assert texts == load_pool("docstrings").table["text"][:]
+    assert texts == load_pool("docstrings", made).table["text"][:]

@@ -32,6 +32,15 @@ def counts(pool: Pool, split) -> np.ndarray:
 SPECS = ["iid", "dirichlet:0.3", "dirichlet:1e6", "pathological:2", "natural:user"]
 
 
+@pytest.mark.parametrize("spec", ["dirichlet:0.3", "pathological:2"])
+def test_without_labels_there_is_nothing_to_skew(spec):
+    bare = Pool("toy", pool().table.remove_columns("label"))
+    for able in ("iid", "natural:user"):
+        assert len(partition(bare, spec=able, clients=10, seed=0)) == 10
+    with pytest.raises(FedtriError, match=r"toy has no labels to deal by; name the column .* with columns\.label"):
+        partition(bare, spec=spec, clients=10, seed=0)
+
+
 @pytest.mark.parametrize("spec", SPECS)
 def test_every_row_goes_to_one_split_of_one_client(spec):
     splits = partition(pool(), spec=spec, clients=10, seed=0)

@@ -8,10 +8,16 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from fedtri.data import load_pool
+from fedtri import data
+from fedtri.data import Pool
 from fedtri.errors import FedtriError
+from fedtri.tasks.text_classification import pool as made
 
 ROWS = [{"text": f"text {row}, said", "label": label} for row, label in enumerate(["b", "a", "b", "a", "c", "c"])]
+
+
+def load_pool(name: str, columns: dict[str, str] | None = None, **more) -> Pool:
+    return data.load_pool(name, made, columns=columns, **more)
 
 
 def write(path: Path, text: str) -> str:
@@ -62,7 +68,7 @@ def test_a_folder_is_read_by_datasets_without_a_word(tmp_path, monkeypatch, capf
 
 def test_named_columns_become_a_pair_and_the_rest_keep_their_names(tmp_path):
     rows = [{"q": f"q{i}", "a": f"a{i}", "right": i % 2, "user": "u"} for i in range(4)]
-    pool = load_pool(write(tmp_path / "x.csv", csv_of(rows)), text_columns=["q", "a"], label_column="right")
+    pool = load_pool(write(tmp_path / "x.csv", csv_of(rows)), {"text": "q", "text_pair": "a", "label": "right"})
     assert pool.table[1] == {"text": "q1", "text_pair": "a1", "label": 1, "right": "1", "user": "u"}
 
 
@@ -147,8 +153,8 @@ BAD = {
     "unknown suffix": ("x.txt", "text", ["x.txt", ".jsonl"]),
     "empty file": ("x.csv", "", ["x.csv", "empty"]),
     "header alone": ("x.csv", "text,label\n", ["x.csv", "no examples"]),
-    "missing text column": ("x.csv", "body,label\na,b\n", ['"text"', "body, label", "text_columns"]),
-    "missing label column": ("x.csv", "text,topic\na,b\n", ['"label"', "text, topic", "label_column"]),
+    "missing text column": ("x.csv", "body,label\na,b\n", ['"text"', "body, label", "columns.text"]),
+    "missing label column": ("x.csv", "text,topic\na,b\n", ['"label"', "text, topic", "columns.label"]),
     "column twice": ("x.csv", "text,label,label\na,b,c\n", ['"label"', "more than once"]),
     "ragged row": ("x.csv", "text,label\na,b\na,b,c\n", ["x.csv", "Expected 2 columns, got 3"]),
     "open quote": ("x.csv", 'text,label\n"a,b\nc,d\n', ["x.csv"]),
@@ -203,8 +209,8 @@ def test_limit_that_leaves_a_label_once_says_so(tmp_path):
 
 
 def test_docstrings_have_their_own_columns():
-    with pytest.raises(FedtriError, match="leave out text_columns"):
-        load_pool("docstrings", label_column="label")
+    with pytest.raises(FedtriError, match=r"leave out \[columns\]"):
+        load_pool("docstrings", {"label": "label"})
 
 
 def test_class_labels_keep_their_names(tmp_path, monkeypatch):

@@ -1,52 +1,58 @@
 """Where examples come from, one file a source; partition.py deals them to clients."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from fedtri.data import ag_news, docstrings, glue, hub, tables
-from fedtri.data.pool import Pool, Source, pool_of
+from fedtri.data.pool import Pool, Source
 from fedtri.errors import FedtriError
 
-__all__ = ["Pool", "load_pool"]
+__all__ = ["Pool", "Source", "load_pool"]
 
 
 def load_pool(
     data: str,
+    made: Callable[[Source], Pool],
     *,
-    text_columns: Sequence[str] = (),
-    label_column: str | None = None,
+    columns: Mapping[str, str] | None = None,
     limit: int | None = None,
     seed: int = 0,
 ) -> Pool:
-    """All examples that `data` names.
+    """All examples that `data` names, as a task makes its pool of them.
 
     Args:
         data: "docstrings" (the embedded source); a .csv, .tsv, .jsonl, .json or .parquet file; the folder of
             a GLUE task or of AG News, or one of its files; else a folder or hub name ("name" or
             "name:config") that `datasets.load_dataset` takes.
-        text_columns: One or two columns; by default "text" or "sentence". With these or `label_column` given,
-            GLUE and AG News are read as ordinary tables.
-        label_column: By default "label". Ids follow the labels' sorted order, whole numbers by value.
+        made: The task's way from a source to a pool.
+        columns: The column of each role; see `pool.ROLES` for the defaults. With any given, GLUE and AG News are
+            read as ordinary tables. Label ids follow the labels' sorted order, whole numbers by value.
         limit: At most so many examples, drawn at random with `seed`.
 
     Raises:
         FedtriError: Naming the file, key or column, what was expected and what was found.
     """
-    return pool_of(source_of(data, tuple(text_columns), label_column), limit=limit, seed=seed)
+    source = source_of(data, columns or {})
+    found = source.table.column_names
+    if source.table.num_rows == 0:
+        raise FedtriError(f"{source.where}: holds no examples, expected one a row; check the file")
+    if twice := [name for name in found if found.count(name) > 1]:
+        raise FedtriError(f'{source.where}: column "{twice[0]}" occurs more than once; rename one of them')
+    return made(replace(source, limit=limit, seed=seed))
 
 
-def source_of(data: str, text_columns: tuple[str, ...], label_column: str | None) -> Source:
+def source_of(data: str, columns: Mapping[str, str]) -> Source:
     """The table `data` names, before any check of its contents."""
-    named = bool(text_columns or label_column)
     if data == "docstrings":
-        if named:
-            raise FedtriError('data "docstrings" has its own columns; leave out text_columns and label_column')
+        if columns:
+            raise FedtriError('data "docstrings" has its own columns; leave out [columns]')
         return docstrings.load()
     path = Path(data).expanduser()
-    if not named and (known := glue.find(path) or ag_news.find(path)):
+    if not columns and (known := glue.find(path) or ag_news.find(path)):
         return known
     if path.is_file():
-        return Source(path.stem, str(path), tables.read(path), text_columns, label_column)
+        return Source(path.stem, str(path), tables.read(path), columns)
     if not path.exists() and (path.suffix.lower() in tables.READERS or path.is_absolute() or data.startswith(".")):
         raise FedtriError(f'data "{data}": no such file or folder (looked for {path.absolute()}); check the path')
-    return hub.load(str(path) if path.exists() else data, text_columns=text_columns, label_column=label_column)
+    return hub.load(str(path) if path.exists() else data, columns)

@@ -27,4 +27,5 @@ def find(path: Path) -> Source | None:
     parts = zip(table["title"].to_pylist(), table["description"].to_pylist(), strict=True)
     # The corpus was published with its line breaks as backslashes.
     texts = [f"{title} {description}".replace("\\", " ").strip() for title, description in parts]
-    return Source("ag_news", str(file), pa.table({"text": texts, "label": table["class"]}), label_names=LABELS)
+    found = pa.table({"text": texts, "label": table["class"]})
+    return Source("ag_news", str(file), found, {"text": "text", "label": "label"}, {"label": LABELS})

@@ -64,7 +64,8 @@ def load() -> Source:
         write_cache(path, texts)
     rows = [(text, library) for library in LIBRARIES for text in texts[library]]
     table = pa.table({"text": [text for text, _ in rows], "label": [library for _, library in rows]})
-    return Source("docstrings", "docstrings", table, ("text",), "label", {name: name for name in LIBRARIES})
+    columns = {"text": "text", "label": "label"}
+    return Source("docstrings", "docstrings", table, columns, {"label": {name: name for name in LIBRARIES}})
 
 
 @contextmanager

@@ -19,18 +19,18 @@ from fedtri.data.pool import Source
 class Layout:
     """Which columns of a task matter; `label_names` where its files hold numbers."""
 
-    text_columns: tuple[str, ...]
+    texts: tuple[str, ...]
     label_names: Mapping[Any, str] | None = None
     names: tuple[str, ...] | None = None
     """The names of the columns where the files have none."""
-    label_column: str = "label"
+    label: str = "label"
 
 
 ENTAILMENT = {"entailment": "entailment", "not_entailment": "not_entailment"}
 HEADERS = {
     "sentence\tlabel": Layout(("sentence",), {"0": "negative", "1": "positive"}),
     "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String": Layout(
-        ("#1 String", "#2 String"), {"0": "not_equivalent", "1": "equivalent"}, label_column="Quality"
+        ("#1 String", "#2 String"), {"0": "not_equivalent", "1": "equivalent"}, label="Quality"
     ),
     "index\tsentence1\tsentence2\tlabel": Layout(("sentence1", "sentence2"), ENTAILMENT),
     "index\tquestion\tsentence\tlabel": Layout(("question", "sentence"), ENTAILMENT),
@@ -51,4 +51,6 @@ def find(path: Path) -> Source | None:
     if layout is None:
         return None
     table = tables.delimited(file, "\t", quoted=False, names=layout.names)
-    return Source(file.parent.name, str(file), table, layout.text_columns, layout.label_column, layout.label_names)
+    columns = dict(zip(("text", "text_pair"), layout.texts, strict=False)) | {"label": layout.label}
+    names = {layout.label: layout.label_names} if layout.label_names else {}
+    return Source(file.parent.name, str(file), table, columns, names)

@@ -3,10 +3,9 @@
 The pool is the split "train", or the first one where there is none.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import datasets
 import huggingface_hub
@@ -16,8 +15,8 @@ from fedtri.data.pool import Source
 from fedtri.errors import FedtriError
 
 
-def load(data: str, *, text_columns: Sequence[str] = (), label_column: str | None = None) -> Source:
-    """The data set, downloaded unless it is local or cached; a ClassLabel keeps its names."""
+def load(data: str, columns: Mapping[str, str]) -> Source:
+    """The data set, downloaded unless it is local or cached; a ClassLabel (or a list of them) keeps its names."""
     name, _, config = (data, "", "") if Path(data).exists() else data.partition(":")
     try:
         with quiet():
@@ -27,12 +26,12 @@ def load(data: str, *, text_columns: Sequence[str] = (), label_column: str | Non
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise FedtriError(f'data "{data}": {kinds}, and datasets.load_dataset cannot read it: {reason}') from error
     table = splits["train" if "train" in splits else min(splits)]
-    feature = table.features.get(label_column or "label")
-    names: Mapping[Any, str] | None = (
-        dict(enumerate(feature.names)) if isinstance(feature, datasets.ClassLabel) else None
-    )
-    arrow = table.with_format("arrow")[:]
-    return Source(Path(name).name, data, arrow, text_columns, label_column, names)
+    features = {column: getattr(feature, "feature", feature) for column, feature in table.features.items()}
+    names = {
+        column: dict(enumerate(feature.names))
+        for column, feature in features.items() if isinstance(feature, datasets.ClassLabel)
+    }  # fmt: skip
+    return Source(Path(name).name, data, table.with_format("arrow")[:], columns, names)
 
 
 @contextmanager

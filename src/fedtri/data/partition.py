@@ -95,7 +95,12 @@ def deal(pool: Pool, spec: str, clients: int | None, seed: int) -> dict[str, np.
     if clients > rows:
         raise FedtriError(f"clients: expected at most the {rows} examples of {pool.name}, got {clients}")
     order = np.random.default_rng(derive(seed, "deal")).permutation(rows)
-    table = datasets.Dataset.from_dict({"row": order, "label": np.asarray(pool.table["label"])[order]})
+    if (labels := pool.labels) is None and kind in ("dirichlet", "pathological"):
+        raise FedtriError(
+            f'partition "{spec}": {pool.name} has no labels to deal by; name the column that holds classes or domains '
+            'with columns.label, or take "iid" or "natural:COLUMN"'
+        )
+    table = datasets.Dataset.from_dict({"row": order} | ({} if labels is None else {"label": labels[order]}))
     drawn = derive(seed, kind)
     match kind:
         case "iid" if not argument:
@@ -104,7 +109,7 @@ def deal(pool: Pool, spec: str, clients: int | None, seed: int) -> dict[str, np.
             alpha = number(spec, argument, float, "above 0 and at most 1e6", lambda a: 0 < a <= 1e6)
             parts = dirichlet(spec, alpha, table, clients, drawn)
         case "pathological":
-            classes = len(np.unique(np.asarray(pool.table["label"])))
+            classes = len(np.unique(table["label"]))
             k = number(spec, argument, int, f"from 1 to the {classes} classes", lambda k: 1 <= k <= classes)
             try:
                 dealer = PathologicalPartitioner(clients, "label", k, "first-deterministic", seed=drawn)

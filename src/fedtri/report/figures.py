@@ -40,7 +40,7 @@ def accuracy(run: Run) -> go.Figure:
             x=rounds.index, y=_round(rounds["accuracy_local"]), name="mean after local training",
             line=_line(ORANGE, "dash"),
         )  # fmt: skip
-    guesses = [about["guess"] for about in run.client_table.values() if "guess" in about]
+    guesses = [about["guess"] for about in run.client_table.values() if about.get("guess") is not None]
     if guesses and len(rounds):
         ends = [rounds.index[0], rounds.index[-1]]
         figure.add_scatter(
@@ -98,7 +98,7 @@ def accuracy_by_bytes(run: Run) -> go.Figure:
 def label_mix(run: Run) -> go.Figure:
     """How many training examples of each class each client has."""
     clients = list(run.client_table)
-    counts = pd.DataFrame({c: run.client_table[c].get("labels", []) for c in clients}, index=_names(run)).T
+    counts = pd.DataFrame({c: run.client_table[c].get("labels") or [] for c in clients}, index=_names(run)).T
     largest = {c: counts.columns[int(row.argmax())] for c, row in zip(clients, counts.to_numpy(), strict=True)}
     alt = f"Training examples of {len(clients)} clients by class. Largest class: " + "; ".join(
         f"{c} {largest[c]} ({counts.loc[c].max():.0f} of {counts.loc[c].sum():.0f})" for c in clients[:8]
@@ -200,7 +200,7 @@ def local_against_aggregated(run: Run) -> go.Figure:
         x=[x for x, _ in joined], y=[y for _, y in joined], mode="lines", line=_line(GREY, width=1.5),
         name="change", hoverinfo="skip", showlegend=False, meta="hidden",
     )  # fmt: skip
-    guess = {c: about["guess"] for c, about in run.client_table.items() if "guess" in about}
+    guess = {c: about["guess"] for c, about in run.client_table.items() if about.get("guess") is not None}
     for name, values, symbol, colour in (
         ("guess", guess, "line-ns-open", GREY),
         ("after local training", local, "square-open", ORANGE),
@@ -381,7 +381,7 @@ def _cells(matrix: np.ndarray) -> list[list[float | None]]:
 
 
 def _names(run: Run) -> list[str]:
-    most = max(len(about.get("labels", [])) for about in run.client_table.values())
+    most = max(len(about.get("labels") or []) for about in run.client_table.values())
     return run.labels if len(run.labels) == most else [f"class {i}" for i in range(most)]
 
 

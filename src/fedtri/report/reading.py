@@ -183,7 +183,7 @@ class Run:
             )
         elif not self.client_table:
             said.append("summary.json has no client_table, so clients' sizes and label mixes are not known.")
-        elif bare := [client for client, about in self.client_table.items() if not about.get("labels")]:
+        elif bare := [client for client, about in self.client_table.items() if about.get("labels", []) == []]:
             said.append(f"summary.json has no label counts of {', '.join(bare[:5])}{' and others' * (len(bare) > 5)}.")
         evaluated = self.config.get("evaluate", True)
         for key in EXPECTED:

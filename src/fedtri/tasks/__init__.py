@@ -1,65 +1,31 @@
-"""What a learning task must offer so that every method, the training loop and the sketch can stay ignorant of it."""
+"""Every task by name. A task is one file; its keyword-only options are what [task_options] may hold."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+import difflib
+from collections.abc import Callable, Mapping
+from typing import Any
 
-import numpy as np
-from jaxtyping import Float, Int
-from torch import Tensor, nn
+from fedtri.errors import FedtriError
+from fedtri.strict import checked_options
+from fedtri.tasks.base import Batch, Examples, LearningTask, Loaded, Recipe, Scores
+from fedtri.tasks.text_classification import text_classification
 
-Batch = Mapping[str, Tensor]
+__all__ = ["TASKS", "Batch", "Examples", "LearningTask", "Loaded", "Recipe", "Scores", "build"]
 
-
-@dataclass(frozen=True)
-class Scores:
-    """What a model makes of a batch, summed over each sample's own terms (one for a class, one a token for text)."""
-
-    loss: Float[Tensor, "batch"]
-    correct: Float[Tensor, "batch"]
+TASKS: dict[str, Callable[..., Recipe]] = {
+    "text_classification": text_classification,
+}
 
 
-@runtime_checkable
-class Examples(Protocol):
-    """A pool turned into model inputs, once."""
-
-    @property
-    def lengths(self) -> Int[np.ndarray, "n"]:
-        """Tokens of each example: what sorting and the token budget go by."""
-        ...
-
-    @property
-    def terms(self) -> Int[np.ndarray, "n"]:
-        """Loss terms of each example: a client's loss is the mean over all terms of its minibatch."""
-        ...
-
-    @property
-    def labels(self) -> Int[np.ndarray, "n"] | None:
-        """The class of each example, for sketches; None where there are none."""
-        ...
-
-    def batch(self, rows: Int[np.ndarray, "batch"]) -> Batch:
-        """These examples, padded to the longest among them."""
-        ...
-
-
-@runtime_checkable
-class LearningTask(Protocol):
-    """How one kind of task scores a batch and which features stand for an example."""
-
-    @property
-    def classes(self) -> int:
-        """How many classes a sketch has; 1 where examples have no class."""
-        ...
-
-    def feature_size(self, model: nn.Module) -> int:
-        """d of `features`: what a sketch's mixtures live in."""
-        ...
-
-    def scores(self, model: nn.Module, batch: Batch) -> Scores:
-        """Loss and hits of each sample."""
-        ...
-
-    def features(self, model: nn.Module, batch: Batch) -> Float[Tensor, "batch d"]:
-        """One vector a sample, from the backbone."""
-        ...
+def build(name: str, options: Mapping[str, Any] | None = None, columns: Mapping[str, str] | None = None) -> Recipe:
+    """The task of this name with its options. Raises FedtriError for an unknown task, option, or role of a column."""
+    if name not in TASKS:
+        close = difflib.get_close_matches(name, TASKS, 1)
+        hint = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(TASKS)}"
+        raise FedtriError(f"task: unknown task {name!r}; {hint}")
+    recipe = TASKS[name](**checked_options(TASKS[name], options or {}, "task_options", name))
+    if unused := [role for role in columns or {} if role not in recipe.roles]:
+        raise FedtriError(
+            f"columns.{unused[0]}: {name} has no use for it, expected some of {', '.join(recipe.roles)}; "
+            "leave it out or choose another task"
+        )
+    return recipe

@@ -1,0 +1,100 @@
+"""Models and processors from a folder or a hub name, whole or refused in one line."""
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from fedtri.errors import FedtriError
+from fedtri.models import Weights, locate
+
+ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
+
+
+def load_model(
+    auto: Any,
+    model: str,
+    what: str,
+    weights: Weights,
+    head: Callable[[nn.Module], list[str]],
+    **more: Any,
+) -> tuple[nn.Module, frozenset[str]]:
+    """The checkpoint as the class `auto` loads it, and the names of the parameters that it did not have.
+
+    Args:
+        model: As in a configuration: the embedded model, a folder, or a hub name.
+        what: What it should be ("a text classifier"), for the error.
+        head: Names the layers that may be fresh; anything else that the checkpoint lacks is an error.
+        more: Passed on to `from_pretrained`.
+
+    Raises:
+        FedtriError: Where it cannot be loaded or lacks weights of its backbone.
+    """
+    where = locate(model)
+    try:
+        with quiet():
+            loaded, info = auto.from_pretrained(where, dtype=weights.dtype, output_loading_info=True, **more)
+    except ERRORS as error:
+        _refuse(model, what, error)
+    fresh = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
+    _check_whole(model, head(loaded), fresh)
+    return loaded, frozenset(fresh)
+
+
+def load_processor(auto: Any, model: str, what: str) -> Any:
+    """The tokenizer or processor beside the weights. Raises FedtriError where there is none."""
+    try:
+        with quiet():
+            return auto.from_pretrained(locate(model))
+    except ERRORS as error:
+        _refuse(model, what, error)
+
+
+def load_tokenizer(model: str, loaded: nn.Module, what: str) -> PreTrainedTokenizerBase:
+    """The tokenizer, with a token to pad with and a length limit, and the model told of the former."""
+    tokenizer = load_processor(AutoTokenizer, model, what)
+    # transformers invents an empty vocabulary where there is none; a run must not
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise FedtriError(f"model: {model} has no vocabulary, expected a tokenizer beside the weights; save one there")
+    shape: Any = loaded.config
+    if tokenizer.model_max_length > 1e6:  # it says none: then the model's positions, of which some reserve two
+        tokenizer.model_max_length = getattr(shape, "max_position_embeddings", 10**6) - 2
+    if shape.pad_token_id is None and tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if shape.pad_token_id is None:
+        shape.pad_token_id = tokenizer.pad_token_id
+    return tokenizer
+
+
+def _refuse(model: str, what: str, error: Exception) -> NoReturn:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    raise FedtriError(
+        f"model: {model} cannot be loaded as {what}: {reason}; expected a folder or hub name with "
+        "config.json, weights and tokenizer"
+    ) from None
+
+
+def _check_whole(model: str, head: Collection[str], fresh: Collection[str]) -> None:
+    """transformers fills what a checkpoint lacks at random; a run must not, but for a head."""
+    if lacking := sorted(name for name in fresh if name.rpartition(".")[0] not in head):
+        others = f" and {len(lacking) - 1} others" if len(lacking) > 1 else ""
+        raise FedtriError(
+            f"model: {model} has no weights for {lacking[0]}{others}, expected all of the backbone's; "
+            "choose a complete checkpoint"
+        )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence transformers' loading report: a fresh head is expected here."""
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
