@@ -20,7 +20,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,dev]'
 	@touch $@
 
-demo: install  ## fine-tune MiniLM across 8 clients with FedIT and CE-LoRA, on two cores in minutes
+demo: install  ## fine-tune MiniLM across 8 clients with four methods, on two cores in minutes
 	@scripts/demo $(BIN)
 
 test: install  ## run all tests, one process a core with one thread each
