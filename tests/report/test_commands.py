@@ -39,6 +39,7 @@ def test_watch_prints_a_finished_run(tmp_path):
         (("watch", "{}"), "not a run directory"),
         (("report", "{}/run", "--figures", "{}/f", "--format", "gif"), "expected one of svg, png"),
         (("report", "{}/run", "{}/other", "--baseline", "x"), "--baseline"),
+        (("report", "{}/run", "--baseline", "x"), "--baseline"),
         (("compare", "--methods", "nothing"), "unknown method"),
         (("compare", "--methods", "local", "--seeds", "a"), "--seeds"),
         (("run", "--track", "aim"), "--track"),

@@ -26,6 +26,7 @@ HERE = Path(__file__).parent
 
 def write(runs: Sequence[Run], path: Path, baseline: str | None = None) -> Path:
     """The page of one run or of several, written atomically. Raises FedtriError where it cannot be."""
+    tables.baselines(tables.grouped(runs), baseline)  # says so where there is none of that name
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         rundir.write_text(path, of_run(runs[0]) if len(runs) == 1 else of_runs(runs, baseline))
