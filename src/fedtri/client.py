@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from fedtri.data.partition import Split
 from fedtri.seeds import derive
 from fedtri.store import ClientStore
 from fedtri.tasks import Examples, LearningTask
+from fedtri.threads import Stop, side_by_side
 from fedtri.types import Factors, Method, Reply, Task, only
 
 
@@ -65,8 +67,7 @@ def kept(site: Site, task: Task) -> Factors:
 
 
 def _sketch(site: Site, tasks: Sequence[Task]) -> list[Reply]:
-    replies = []
-    for task in tasks:
+    def answer(task: Task, _: Stop) -> Reply:
         rows = site.splits[task.client].train
         labels = site.examples.labels
         found = sketch.fit(
@@ -75,8 +76,9 @@ def _sketch(site: Site, tasks: Sequence[Task]) -> list[Reply]:
             classes=site.task.classes,
             seed=derive(site.seed, "sketch", task.client) % 2**32,
         )
-        replies.append(_reply(site, task, {}, sketch=found))
-    return replies
+        return _reply(site, task, {}, sketch=found)
+
+    return side_by_side([partial(answer, task) for task in tasks])
 
 
 def _train(site: Site, tasks: Sequence[Task]) -> list[Reply]:
