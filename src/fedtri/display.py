@@ -136,7 +136,8 @@ def results(summaries: Sequence[Mapping[str, Any]]) -> Table:
         score = summary["accuracy"]
         values = ["-"] * 3 if score is None else [f"{score[k]:.3f}" for k in ("mean", "worst", "best")]
         table.add_row(
-            summary["method"], str(summary["rounds"]), str(summary["clients"]), *values, f"{summary['guess']:.3f}",
+            summary["method"], str(summary["rounds"]), str(summary["clients"]), *values,
+            "-" if summary["guess"] is None else f"{summary['guess']:.3f}",
             f"{summary['bytes']['up_per_client_round']:,}", f"{summary['bytes']['down_per_client_round']:,}",
             f"{summary['seconds']['total']:.0f}",
         )  # fmt: skip
