@@ -315,11 +315,19 @@ def test_the_live_display_counts_rounds_clients_steps_loss_accuracy_and_bytes():
     assert "accuracy 0.750 (0.500 to 1.000)" in screen.export_text()
 
 
+def _hear_interrupts() -> None:
+    """A shell that runs the tests in the background has children ignore SIGINT, and Python respects that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.slow
 def test_ctrl_c_and_a_second_run_on_the_same_folder_for_real(lab, tiny, tmp_path):
     fedtri_command = [sys.executable, "-c", "from fedtri.cli import main; main()"]
     args = ["run", *map(str, tiny), "--rounds", "100000", "--out", str(tmp_path / "run")]
-    running = subprocess.Popen([*fedtri_command, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    running = subprocess.Popen(
+        [*fedtri_command, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=_hear_interrupts,
+    )  # fmt: skip
     try:
         assert running.stdout is not None
         assert any(line.startswith("round 2/") for line in running.stdout)

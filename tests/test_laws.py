@@ -222,7 +222,7 @@ def stop(config: Config, where: str, patch: pytest.MonkeyPatch) -> None:
     steps, write = iter(range(99)), checkpoint.write_atomic
 
     def on_step(*_: object) -> None:
-        if next(steps) == {"in a round": 4, "before the first": 1}.get(where):  # of 3 steps a round
+        if next(steps) == {"in a round": 14, "before the first": 1}.get(where):  # of 4 clients' 3 steps a round
             raise KeyboardInterrupt
 
     def write_but_for_a_manifest(path: Path, data: bytes) -> str:

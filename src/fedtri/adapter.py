@@ -8,7 +8,7 @@ zero-padded: where a row of A and the matching column of B are zero, both gradie
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,7 +18,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from fedtri import packing
 from fedtri.errors import FedtriError
+from fedtri.routing import Routing
 from fedtri.seeds import generator
 from fedtri.types import Factors, Key, Layer, Layout
 
@@ -26,58 +28,37 @@ STACKED = {"A", "C", "B"}
 Kind = Literal["lora", "dora", "hira"]
 
 
-class Routing:
-    """Which client each sample of the current batch belongs to; one object shared by all layers of a cohort."""
+class Stacked(nn.Module):
+    """A layer that keeps some tensors of every client: one parameter (m, ...) for passes that several clients share,
+    and in `own`, while they learn, a parameter a client that is a view of it, so that clients can train apart.
+    """
 
-    def __init__(self) -> None:
-        self.slots: Tensor | None = None
-        self.single: int | None = None
+    def __init__(self, routing: Routing) -> None:
+        super().__init__()
+        self.routing = routing
+        self.own: dict[str, list[nn.Parameter]] = {}
 
-    def set(self, slots: Int[Tensor, "batch"]) -> None:
-        """Route sample i of the next batches to the factors in slot slots[i]."""
-        self.slots = slots
-        first = int(slots[0])
-        self.single = first if bool((slots == first).all()) else None
+    def of(self, name: str) -> Float[Tensor, "batch *shape"]:
+        """Each sample's tensor of this name; one broadcast when the batch is of one client."""
+        slot = self.routing.single
+        return self.routing.pick(getattr(self, name)) if slot is None else self.at(name, slot)[None]
 
-    def pick(self, stacked: Float[Tensor, "m *shape"]) -> Float[Tensor, "batch *shape"]:
-        """Each sample's own slice of a stacked tensor; one broadcast slice when the batch is of one client."""
-        if self.single is not None:
-            return stacked[self.single : self.single + 1]
-        assert self.slots is not None, "route the batch before the model sees it"
-        return stacked.index_select(0, self.slots)
-
-    def rows(self, x: Float[Tensor, "..."]) -> Float[Tensor, "batch tokens d"]:
-        """Any activation whose leading dimension is (a multiple of) the batch, as one row of tokens a sample."""
-        if self.single is not None:
-            return x.reshape(1, -1, x.shape[-1])
-        assert self.slots is not None, "route the batch before the model sees it"
-        return x.reshape(len(self.slots), -1, x.shape[-1])
-
-    def each(
-        self, rows: Float[Tensor, "batch tokens d"], through: Callable[[int, Tensor], Tensor]
-    ) -> Float[Tensor, "batch tokens d_out"]:
-        """Every client's rows through `through(slot, rows)`, one call a client: for what is too large to gather."""
-        if self.single is not None:
-            return through(self.single, rows)
-        assert self.slots is not None, "route the batch before the model sees it"
-        order = torch.argsort(self.slots, stable=True)
-        slots, counts = torch.unique_consecutive(self.slots[order], return_counts=True)
-        parts = rows[order].split(counts.tolist())
-        done = [through(slot, part) for slot, part in zip(slots.tolist(), parts, strict=True)]
-        return torch.cat(done)[torch.argsort(order)]
+    def at(self, name: str, slot: int) -> Float[Tensor, "*shape"]:
+        """One client's tensor of this name."""
+        return self.own[name][slot] if name in self.own else getattr(self, name)[slot]
 
 
-class TriLinear(nn.Module):
+class TriLinear(Stacked):
     """A frozen linear layer with m clients' B·C·A beside it."""
 
     def __init__(
         self, base: nn.Module, clients: int, rank: int, routing: Routing, *, kind: Kind = "lora", heads: int = 1
     ) -> None:
-        super().__init__()
+        super().__init__(routing)
         self.kind, self.dense = kind, dict[int, Tensor]()
         d_out, d_in = shape_of(base)
         like = {"dtype": base.weight.dtype, "device": base.weight.device}  # pyright: ignore[reportAttributeAccessIssue]
-        self.base, self.routing = base, routing
+        self.base = base
         self.A = nn.Parameter(torch.zeros(clients, rank, d_in, **like))
         self.C = nn.Parameter(torch.zeros(clients, rank, rank // heads, **like))
         self.B = nn.Parameter(torch.zeros(clients, d_out, rank, **like))
@@ -95,22 +76,29 @@ class TriLinear(nn.Module):
         if self.kind == "hira":
             update = self.routing.each(rows, self._hira)
         else:
-            pick = self.routing.pick
-            h = torch.matmul(rows, pick(self.A).mT)  # (batch, tokens, r)
-            h = torch.matmul(h, pick(self._core()).mT)  # (batch, tokens, r)
-            update = torch.matmul(h, pick(self.B).mT)  # (batch, tokens, d_out)
+            h = torch.matmul(rows, self.of("A").mT)  # (batch, tokens, r)
+            h = torch.matmul(h, self._core().mT)  # (batch, tokens, r)
+            update = torch.matmul(h, self.of("B").mT)  # (batch, tokens, d_out)
         if self.dense:
             update = update + self.routing.each(rows, self._dense)
         if self.kind == "dora":
             return self._dora(out, update)
         return out + update.reshape(out.shape)
 
-    def _core(self) -> Float[Tensor, "m r r"]:
-        """s · C of every client, its blocks on the diagonal where it has heads."""
-        core = self.C * self.scale[:, None, None]
-        if core.shape[1] == core.shape[2]:
+    def _core(self) -> Float[Tensor, "batch r r"]:
+        """s · C of each sample's client."""
+        return self._square(self.of("C"), self.of("scale"), self.of("S") if hasattr(self, "S") else None)
+
+    def _core_at(self, slot: int) -> Float[Tensor, "r r"]:
+        S = self.at("S", slot)[None] if hasattr(self, "S") else None
+        return self._square(self.at("C", slot)[None], self.at("scale", slot)[None], S)[0]
+
+    def _square(self, C: Tensor, scale: Tensor, S: Tensor | None) -> Float[Tensor, "batch r r"]:
+        """scale · C, its blocks on the diagonal where it has heads."""
+        core = C * scale[:, None, None]
+        if S is None:
             return core
-        blocks = core.unflatten(1, (self.S.shape[1], -1)) * self.S[:, :, None, None]
+        blocks = core.unflatten(1, (S.shape[1], -1)) * S[:, :, None, None]
         return block_diagonal(blocks.flatten(1, 2))
 
     def _dense(self, slot: int, rows: Tensor) -> Tensor:
@@ -118,7 +106,7 @@ class TriLinear(nn.Module):
         return rows.new_zeros(*rows.shape[:2], self.B.shape[1]) if W is None else rows @ W.mT
 
     def _hira(self, slot: int, rows: Tensor) -> Tensor:
-        return rows @ (weight_of(self.base) * (self.B[slot] @ self._core()[slot] @ self.A[slot])).mT
+        return rows @ (weight_of(self.base) * (self.at("B", slot) @ self._core_at(slot) @ self.at("A", slot))).mT
 
     def _dora(self, out: Tensor, update: Float[Tensor, "batch tokens d_out"]) -> Tensor:
         """M / ‖W‖ · W x + bias; the norm is a constant to the gradient, as in DoRA's section 4.3 and in PEFT.
@@ -126,11 +114,11 @@ class TriLinear(nn.Module):
         ‖w + bᵀCA‖² of a row = ‖w‖² + 2 wᵀ(CA)ᵀb + bᵀ(CA)(CA)ᵀb: no d_out × d_in matrix is built.
         """
         with torch.no_grad():
-            CA = self._core() @ self.A  # (m, r, d_in)
-            cross = weight_of(self.base) @ CA.mT  # (m, d_out, r)
-            squares = self.squares + (self.B * (2 * cross + self.B @ (CA @ CA.mT))).sum(-1)
-            norm = squares.clamp(min=0).sqrt()  # (m, d_out)
-        gain = self.routing.pick(self.M / norm)[:, None]
+            B, CA = self.of("B"), self._core() @ self.of("A")  # (batch, d_out, r), (batch, r, d_in)
+            cross = weight_of(self.base) @ CA.mT  # (batch, d_out, r)
+            squares = self.squares + (B * (2 * cross + B @ (CA @ CA.mT))).sum(-1)
+            norm = squares.clamp(min=0).sqrt()  # (batch, d_out)
+        gain = (self.of("M") / norm)[:, None]
         bias = getattr(self.base, "bias", None)
         plain = self.routing.rows(out)
         plain = plain if bias is None else plain - bias
@@ -138,20 +126,19 @@ class TriLinear(nn.Module):
         return (tuned if bias is None else tuned + bias).reshape(out.shape)
 
 
-class StackedLinear(nn.Module):
+class StackedLinear(Stacked):
     """A head's linear layer, one for each of m clients."""
 
     def __init__(self, base: nn.Linear, clients: int, routing: Routing) -> None:
-        super().__init__()
-        self.routing = routing
+        super().__init__(routing)
         self.weight = nn.Parameter(base.weight.detach().expand(clients, -1, -1).clone())
         bias = None if base.bias is None else nn.Parameter(base.bias.detach().expand(clients, -1).clone())
         self.bias = bias
 
     def forward(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_out"]:
-        y = torch.matmul(self.routing.rows(x), self.routing.pick(self.weight).mT)
+        y = torch.matmul(self.routing.rows(x), self.of("weight").mT)
         if self.bias is not None:
-            y = y + self.routing.pick(self.bias)[:, None]
+            y = y + self.of("bias")[:, None]
         return y.reshape(*x.shape[:-1], -1)
 
 
@@ -231,6 +218,7 @@ class Cohort:
             model.set_submodule(name, StackedLinear(base, clients, self.routing))
         beside = "".join(f for f in "SMW" if f in extra or (f == "M" and kind == "dora"))
         self.layout = Layout(tuple(layers), tuple(head_shapes), backbone, beside, heads)
+        self.packing = packing.prepare(model, self.routing)
 
     def _open(
         self, model: nn.Module, targets: Sequence[str], head: Sequence[str]
@@ -304,20 +292,51 @@ class Cohort:
             learns = key.factor in kinds
             parameter.requires_grad_(learns)
             parameter.grad = torch.zeros_like(parameter) if learns else None
+            if key.factor != "P":
+                module, name = self._place(key)
+                own = [_view(parameter, slot) for slot in range(self.clients)] if learns else None
+                module.own.pop(name, None) if own is None else module.own.update({name: own})
 
     def slices(self, slot: int, kinds: frozenset[str]) -> dict[Key, nn.Parameter]:
-        """One client's share of the stacked parameters, as views that an ordinary optimiser can step."""
+        """One client's share of the stacked parameters that learn, as views that an ordinary optimiser can step."""
         views = {}
         for key in self.layout.keys(kinds):
-            stack = self.stacked(key)
-            views[key] = view = nn.Parameter(self._of(key, stack.data, slot), requires_grad=False)
-            view.grad = None if stack.grad is None else self._of(key, stack.grad, slot)
+            if key.factor == "P":
+                views[key] = self.stacked(key)
+                continue
+            module, name = self._place(key)
+            views[key] = module.own[name][slot] if name in module.own else _view(self.stacked(key), slot)
         return views
 
-    def route(self, slots: Sequence[int] | Int[np.ndarray, "batch"] | Int[Tensor, "batch"]) -> None:
-        """Say which slot each sample of the next batch belongs to."""
-        device = next(self.model.parameters()).device
-        self.routing.set(torch.as_tensor(slots, dtype=torch.long, device=device))
+    def _place(self, key: Key) -> tuple[Stacked, str]:
+        """The layer that keeps this tensor, and under which name."""
+        layer, name = key.layer.rsplit(".", 1) if key.factor == "H" else (key.layer, key.factor)
+        module = self.model.get_submodule(layer)
+        assert isinstance(module, Stacked)
+        return module, name
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    @property
+    def together(self) -> bool:
+        """Whether clients are to share passes: a GPU wants large ones, a processor's threads one client each."""
+        return self.device.type != "cpu"
+
+    def route(
+        self, slots: Sequence[int] | Int[np.ndarray, "batch"] | Int[Tensor, "batch"], *, pack: bool = False
+    ) -> None:
+        """Say which slot each sample of the next batch belongs to, and whether the batch may be packed."""
+        self.routing.set(torch.as_tensor(slots, dtype=torch.long, device=self.device))
+        self.routing.packing = pack and self.packing is not None
+
+
+def _view(stack: nn.Parameter, slot: int) -> nn.Parameter:
+    view = nn.Parameter(stack.data[slot], requires_grad=stack.requires_grad)
+    view.grad = None if stack.grad is None else stack.grad[slot]
+    return view
 
 
 def initial_factors(

@@ -34,7 +34,7 @@ class Site:
     validate: bool = False
     """Whether the validation split is scored too (early stopping needs it)."""
     token_budget: int = 1024
-    on_step: Callable[[int, float], None] = lambda step, loss: None
+    on_step: Callable[[int, int, float], None] = lambda slot, step, loss: None
 
 
 def client_update(site: Site, tasks: Sequence[Task]) -> list[Reply]:

@@ -23,8 +23,8 @@ class Display(Protocol):
         """A phase of a round (counted from 0) begins with these clients."""
         ...
 
-    def step(self, step: int, loss: float) -> None:
-        """The cohort took a step; its mean loss."""
+    def step(self, slot: int, step: int, loss: float) -> None:
+        """A client of the cohort took a step; the loss of its minibatch."""
         ...
 
     def round(self, line: Mapping[str, Any]) -> None:
@@ -69,7 +69,7 @@ class _Plain:
         if phase == "sketch":
             self.console.print(f"sketching the data of {len(clients)} clients", highlight=False)
 
-    def step(self, step: int, loss: float) -> None:
+    def step(self, slot: int, step: int, loss: float) -> None:
         pass
 
     def round(self, line: Mapping[str, Any]) -> None:
@@ -100,7 +100,7 @@ class _Live:
             status=f"{words} {len(clients)} clients",
         )
 
-    def step(self, step: int, loss: float) -> None:
+    def step(self, slot: int, step: int, loss: float) -> None:
         if step <= self.last:
             self.passes += 1  # the next cohort of this round
         self.last = step

@@ -34,7 +34,7 @@ class Listener:
     """What a caller may hear of while a round runs."""
 
     on_phase: Callable[[int, Phase, Sequence[str]], None] = lambda round, phase, clients: None
-    on_step: Callable[[int, float], None] = lambda step, loss: None
+    on_step: Callable[[int, int, float], None] = lambda slot, step, loss: None
 
 
 def run(config: Config, listener: Listener = Listener()) -> Iterator[Progress]:

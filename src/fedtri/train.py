@@ -1,12 +1,14 @@
-"""The local loop over a cohort: the clients' minibatches go through the frozen backbone together.
+"""The local loop over a cohort: the clients' minibatches go through one copy of the frozen backbone.
 
-Per step one minibatch a client; all are pooled, sorted by length, cut into micro-batches under a token budget and
-padded only to their own longest. A client's loss is the mean over its own minibatch, its gradient norm is clipped
-over its own factors, and its AdamW is its own: what it learns does not depend on who shares the pass.
+Per step one minibatch a client, sorted by length and cut into micro-batches under a token budget, which are packed
+(packing.py) or padded only to their own longest. A client's loss is the mean over its own minibatch, its gradient
+norm is clipped over its own factors, and its AdamW is its own: what it learns does not depend on who trains beside it.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -16,9 +18,12 @@ from transformers.optimization import get_scheduler
 
 from fedtri.adapter import Cohort
 from fedtri.tasks import Examples, LearningTask, Scores
+from fedtri.threads import side_by_side
 from fedtri.types import Factors
 
 Rows = Int[np.ndarray, "_"]
+OnStep = Callable[[int, int, float], None]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -64,12 +69,13 @@ def minibatches(work: Work, how: Optimization) -> Iterator[Rows]:
         yield order[start : start + size]
 
 
-def micro_batches(lengths: Rows, token_budget: int) -> Iterator[Rows]:
-    """Positions sorted by length, in runs whose padded size (count × longest) stays under the budget."""
+def micro_batches(lengths: Rows, token_budget: int, *, packed: bool = False) -> Iterator[Rows]:
+    """Positions sorted by length, in runs whose size stays under the budget: count × longest, packed their sum."""
     order = np.argsort(lengths, kind="stable")
     start = 0
     for end in range(1, len(order) + 1):
-        if end == len(order) or (end + 1 - start) * lengths[order[end]] > token_budget:
+        run = order[start : end + 1]
+        if end == len(order) or (lengths[run].sum() if packed else len(run) * lengths[run[-1]]) > token_budget:
             yield order[start:end]
             start = end
 
@@ -83,27 +89,39 @@ def train(
     kinds: frozenset[str],
     *,
     token_budget: int = 1024,
-    on_step: Callable[[int, float], None] = lambda step, loss: None,
+    on_step: OnStep = lambda slot, step, loss: None,
 ) -> dict[int, float]:
     """Train every client of the cohort for one round; returns each slot's mean training loss over the round.
 
-    `on_step(step, loss)` hears of every step's mean loss over the clients that took it.
+    `on_step(slot, step, loss)` hears of every client's steps, counted from 1, in the thread that took them. On a
+    processor clients train apart, side by side in as many threads as PyTorch has; on a GPU they share passes.
     """
     cohort.train_only(kinds)
-    learners = {work.slot: _Learner(cohort, work, how, kinds) for work in works}
-    step, totals = 0, {work.slot: (0.0, 0) for work in works}
-    while batches := {
-        slot: rows for slot, learner in learners.items() if (rows := next(learner.batches, None)) is not None
-    }:
-        for learner in learners.values():
-            learner.zero()
-        losses = _backward(cohort, task, examples, batches, token_budget)
-        for slot, loss in losses.items():
-            learners[slot].step()
-            totals[slot] = (totals[slot][0] + loss, totals[slot][1] + 1)
-        on_step(step := step + 1, sum(losses.values()) / len(losses))
+
+    def fit(works: Sequence[Work], stop: Callable[[], bool]) -> dict[int, float]:
+        learners = {work.slot: _Learner(cohort, work, how, kinds) for work in works}
+        totals = {work.slot: (0.0, 0) for work in works}
+        while not stop() and (
+            batches := {
+                slot: rows for slot, learner in learners.items() if (rows := next(learner.batches, None)) is not None
+            }
+        ):
+            for learner in learners.values():
+                learner.zero()
+            together = [batches] if cohort.together else [{slot: rows} for slot, rows in batches.items()]
+            losses: dict[int, float] = {}
+            for shared in together:
+                losses |= _backward(cohort, task, examples, shared, token_budget)
+            for slot, loss in losses.items():
+                learners[slot].step()
+                totals[slot] = (totals[slot][0] + loss, totals[slot][1] + 1)
+                on_step(slot, totals[slot][1], loss)
+        return {slot: total / max(count, 1) for slot, (total, count) in totals.items()}
+
+    shares = _shares(works, [float(examples.lengths[work.rows].mean()) for work in works], cohort)
+    found = _merged(side_by_side([partial(fit, share) for share in shares]))
     cohort.train_only(frozenset())
-    return {slot: total / max(count, 1) for slot, (total, count) in totals.items()}
+    return found
 
 
 def _backward(
@@ -129,20 +147,26 @@ def evaluate(
     *,
     token_budget: int = 1024,
 ) -> dict[int, dict[str, float]]:
-    """Each slot's mean loss and accuracy over its own rows, all slots in shared passes."""
-    owners, pooled = _pool(rows)
-    loss, correct = np.zeros(len(pooled)), np.zeros(len(pooled))
-    with torch.inference_mode():
-        for chosen, scores in _passes(cohort, task, examples, owners, pooled, token_budget):
-            loss[chosen] = scores.loss.double().cpu().numpy()
-            correct[chosen] = scores.correct.double().cpu().numpy()
-    terms = examples.terms[pooled]
-    result = {}
-    for slot in rows:
-        own = owners == slot
-        count = max(int(terms[own].sum()), 1)
-        result[slot] = {"loss": float(loss[own].sum() / count), "accuracy": float(correct[own].sum() / count)}
-    return result
+    """Each slot's mean loss and accuracy over its own rows."""
+
+    def score(slots: Sequence[int], stop: Callable[[], bool]) -> dict[int, dict[str, float]]:
+        owners, pooled = _pool({slot: rows[slot] for slot in slots})
+        loss, correct = np.zeros(len(pooled)), np.zeros(len(pooled))
+        with torch.inference_mode():
+            for chosen, scores in _passes(cohort, task, examples, owners, pooled, token_budget):
+                loss[chosen] = scores.loss.double().cpu().numpy()
+                correct[chosen] = scores.correct.double().cpu().numpy()
+        result = {}
+        for slot in slots:
+            terms = max(int(examples.terms[rows[slot]].sum()), 1)
+            own = owners == slot
+            result[slot] = {"loss": float(loss[own].sum()) / terms, "accuracy": float(correct[own].sum()) / terms}
+        return result
+
+    shares = _shares(list(rows), [float(examples.lengths[own].sum()) for own in rows.values()], cohort)
+    if not cohort.together:
+        shares = [[slot] for share in shares for slot in share]
+    return _merged(side_by_side([partial(score, share) for share in shares]))
 
 
 def features(
@@ -151,8 +175,8 @@ def features(
     """The frozen, un-adapted backbone's feature of each row. The cohort's adapters are routed to an empty slot."""
     found: list[tuple[Rows, np.ndarray]] = []
     with torch.inference_mode():
-        for chosen in micro_batches(examples.lengths[rows], token_budget):
-            cohort.route(np.zeros(len(chosen), np.int64))
+        for chosen in micro_batches(examples.lengths[rows], token_budget, packed=cohort.packing is not None):
+            cohort.route(np.zeros(len(chosen), np.int64), pack=True)
             batch = _to_device(examples.batch(rows[chosen]), cohort)
             found.append((chosen, task.features(cohort.model, batch).float().cpu().numpy()))
     result = np.empty((len(rows), found[0][1].shape[1]), np.float32)
@@ -167,11 +191,28 @@ def _pool(batches: Mapping[int, Rows]) -> tuple[Rows, Rows]:
     return owners, np.concatenate(list(batches.values())).astype(np.int64)
 
 
+def _shares(items: Sequence[T], weights: Sequence[float], cohort: Cohort) -> list[list[T]]:
+    """The items dealt to as many threads as there are, heaviest first to the least laden; all in one on a GPU."""
+    count = 1 if cohort.together else min(torch.get_num_threads(), len(items))
+    shares: list[list[T]] = [[] for _ in range(count)]
+    load = np.zeros(count)
+    for index in np.argsort(-np.asarray(weights), kind="stable"):
+        least = int(load.argmin())
+        shares[least].append(items[index])
+        load[least] += weights[index]
+    return shares
+
+
+def _merged(parts: Sequence[dict[int, T]]) -> dict[int, T]:
+    """All entries of disjoint dictionaries, in the order of their keys."""
+    return dict(sorted(entry for part in parts for entry in part.items()))
+
+
 def _passes(
     cohort: Cohort, task: LearningTask, examples: Examples, owners: Rows, rows: Rows, token_budget: int
 ) -> Iterator[tuple[Rows, Scores]]:
-    for chosen in micro_batches(examples.lengths[rows], token_budget):
-        cohort.route(owners[chosen])
+    for chosen in micro_batches(examples.lengths[rows], token_budget, packed=cohort.packing is not None):
+        cohort.route(owners[chosen], pack=True)
         yield chosen, task.scores(cohort.model, _to_device(examples.batch(rows[chosen]), cohort))
 
 

@@ -1,0 +1,201 @@
+"""Texts end to end instead of padded: a model's layers see rows that hold several short texts of one client each.
+
+A row of width W holds texts one after the other, each with positions from its own start and a mask that keeps it to
+itself, so every matrix product sees (almost) real tokens only. Two hooks do it, and nobody else knows: one packs what
+goes into the backbone, the other unpacks what its last layer gives, before any head. `prepare` tries a model on two
+short texts, and a model whose results differ, or that takes no positions, goes on with padded batches.
+"""
+
+import heapq
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor, nn
+
+from fedtri.routing import Routing
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Where the texts of a padded batch lie in packed rows."""
+
+    texts: Int[Tensor, "rows width"]
+    """Which text a place holds; -1 for none."""
+    positions: Int[Tensor, "rows width"]
+    source: Int[Tensor, "rows width"]
+    """Which real token, counted in the batch's own order, a place holds; 0 where it holds none."""
+    owners: Int[Tensor, "rows"]
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """What the second hook needs to undo the first."""
+
+    real: Bool[Tensor, "batch tokens"]
+    places: Int[Tensor, "real_tokens"]
+    slots: Int[Tensor, "batch"]
+
+
+class Packing:
+    """The two hooks on one model."""
+
+    def __init__(self, backbone: nn.Module, owner: nn.Module, routing: Routing) -> None:
+        self.routing = routing
+        self.causal, self.first_position = False, 0
+        self._names = list(inspect.signature(backbone.forward).parameters)
+        self._hooks = [
+            backbone.register_forward_pre_hook(self._pack, with_kwargs=True),
+            owner.register_forward_hook(self._unpack),
+        ]
+
+    def remove(self) -> None:
+        """Take the hooks off the model."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _pack(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        ids, mask = given.get("input_ids"), given.get("attention_mask")
+        if not self.routing.packing or ids is None or mask is None or mask.dim() != 2:
+            return None
+        if given.get("position_ids") is not None or given.get("past_key_values") is not None:
+            return None
+        real = mask.bool()
+        slots = self.routing.slots
+        assert slots is not None
+        rows = _lay_out(real.sum(1).tolist(), slots.tolist(), module.config.hidden_size)  # pyright: ignore
+        if rows is None:
+            return None
+        rows = _Rows(*(value.to(ids.device) for value in vars(rows).values()))
+        empty = rows.texts < 0
+        for name, value in given.items():
+            if isinstance(value, Tensor) and value.shape == ids.shape and name != "attention_mask":
+                given[name] = value[real][rows.source].masked_fill(empty, 0)
+        given["position_ids"] = rows.positions + self.first_position
+        given["attention_mask"] = self._mask(rows, next(module.parameters()).dtype)
+        if "use_cache" in self._names:
+            given["use_cache"] = False
+        places = torch.empty(int(real.sum()), dtype=torch.long, device=ids.device)
+        places[rows.source[~empty]] = torch.nonzero(~empty.flatten())[:, 0]
+        self.routing.set(rows.owners)
+        self.routing.pending = _Pending(real, places, slots)
+        return (), given
+
+    def _mask(self, rows: _Rows, dtype: torch.dtype) -> Tensor:
+        """(rows, 1, width, width), 0 where a token may look and the type's least number where not."""
+        apart = rows.texts[:, None, :, None] != rows.texts[:, None, None, :]
+        if self.causal:
+            apart = apart | (rows.positions[:, None, :, None] < rows.positions[:, None, None, :])
+        return torch.zeros(apart.shape, dtype=dtype, device=apart.device).masked_fill(apart, torch.finfo(dtype).min)
+
+    def _unpack(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        pending, self.routing.pending = self.routing.pending, None
+        if pending is None:
+            return None
+        self.routing.set(pending.slots)
+        packed = output if isinstance(output, Tensor) else output[0]
+        flat = packed.flatten(0, 1).index_select(0, pending.places)
+        padded = flat.new_zeros(pending.real.numel(), flat.shape[-1])
+        padded = padded.index_copy(0, torch.nonzero(pending.real.flatten())[:, 0], flat)
+        hidden = padded.unflatten(0, pending.real.shape)
+        if isinstance(output, Tensor):
+            return hidden
+        if isinstance(output, tuple):
+            return (hidden, *output[1:])
+        output.last_hidden_state = hidden
+        return output
+
+
+def prepare(model: nn.Module, routing: Routing) -> Packing | None:
+    """Packing for this model, or None where a trial on two short texts says that it does not work here."""
+    backbone = getattr(model, getattr(model, "base_model_prefix", "") or " ", None)
+    if not isinstance(backbone, nn.Module) or not {"input_ids", "attention_mask", "position_ids"} <= set(
+        inspect.signature(backbone.forward).parameters
+    ):
+        return None
+    owner = _owner_of_layers(backbone)
+    if owner is None:
+        return None
+    packing = Packing(backbone, owner, routing)
+    pad = getattr(getattr(model, "config", None), "pad_token_id", None)
+    for packing.causal in (False, True):
+        for packing.first_position in dict.fromkeys([0, (pad or 0) + 1]):  # RoBERTa counts from behind its padding
+            if _agrees(backbone, routing):
+                return packing
+    packing.remove()
+    return None
+
+
+@torch.inference_mode()
+def _agrees(backbone: nn.Module, routing: Routing) -> bool:
+    """Whether three short texts come out of packed rows as out of padded ones."""
+    device = next(backbone.parameters()).device
+    ids = torch.tensor([[5, 6, 7, 8, 9], [7, 5, 1, 1, 1], [6, 6, 8, 1, 1]], device=device)
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0]], device=device)
+    routing.set(torch.zeros(3, dtype=torch.long, device=device))
+    found = []
+    try:
+        for routing.packing in (False, True):
+            found.append(backbone(input_ids=ids, attention_mask=mask)[0][mask.bool()].float())
+    except (TypeError, ValueError, RuntimeError, IndexError):  # whatever a model says to rows it does not expect
+        return False
+    finally:
+        routing.packing, routing.pending = False, None
+    tolerance = 0.05 if next(backbone.parameters()).dtype in (torch.bfloat16, torch.float16) else 1e-4
+    return bool((found[0] - found[1]).norm() <= tolerance * found[0].norm())
+
+
+def _owner_of_layers(backbone: nn.Module) -> nn.Module | None:
+    """The module that holds the backbone's only list of layers."""
+    owners = [
+        module for module in backbone.modules() if any(isinstance(child, nn.ModuleList) for child in module.children())
+    ]
+    return owners[0] if len(owners) == 1 else None
+
+
+def _lay_out(lengths: Sequence[int], slots: Sequence[int], hidden: int) -> _Rows | None:
+    """Rows for texts of these lengths, each row of one slot only; None where no two texts would share a row."""
+    texts_of: dict[int, list[int]] = {}
+    for text, slot in enumerate(slots):
+        texts_of.setdefault(slot, []).append(text)
+    rows = [(slot, row) for slot, texts in texts_of.items() for row in _fill(texts, lengths, hidden)]
+    if len(rows) == len(lengths):
+        return None
+    width = max(sum(lengths[text] for text in row) for _, row in rows)
+    starts = torch.tensor([0, *lengths]).cumsum(0).tolist()
+    texts = torch.full((len(rows), width), -1)
+    positions, source = torch.zeros_like(texts), torch.zeros_like(texts)
+    for index, (_, row) in enumerate(rows):
+        at = 0
+        for text in row:
+            here, n = slice(at, at + lengths[text]), lengths[text]
+            texts[index, here] = text
+            positions[index, here] = torch.arange(n)
+            source[index, here] = torch.arange(starts[text], starts[text] + n)
+            at += n
+    return _Rows(texts, positions, source, torch.tensor([slot for slot, _ in rows]))
+
+
+def _fill(texts: Sequence[int], lengths: Sequence[int], hidden: int) -> list[list[int]]:
+    """Texts dealt to rows of nearly equal length, longest first, each to the shortest row.
+
+    Few long rows waste no place but cost attention to what lies beside a text, about W / (2 hidden) of all else.
+    """
+    order = sorted(texts, key=lambda text: -lengths[text])
+    total, longest = sum(lengths[text] for text in texts), lengths[order[0]]
+    best, least = [[text] for text in texts], float("inf")
+    for count in range(-(-total // max(512, longest)), total // longest + 2):
+        heap = [(0, index) for index in range(min(count, len(texts)))]
+        rows: list[list[int]] = [[] for _ in heap]
+        for text in order:
+            load, index = heap[0]
+            rows[index].append(text)
+            heapq.heapreplace(heap, (load + lengths[text], index))
+        width = max(load for load, _ in heap)
+        if (cost := len(rows) * width * (1 + width / (2 * hidden))) < least:
+            best, least = rows, cost
+    return best

@@ -1,0 +1,54 @@
+"""Which client each sample of a pass belongs to."""
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+class Routing(threading.local):
+    """Which client each sample of the current batch belongs to; shared by all layers of a cohort, apart by thread."""
+
+    def __init__(self) -> None:
+        self.slots: Tensor | None = None
+        self.single: int | None = None
+        self.packing = False
+        """Whether the next batch may be packed."""
+        self.pending: Any = None
+        """What packing has to undo."""
+
+    def set(self, slots: Int[Tensor, "batch"]) -> None:
+        """Route sample i of the next batches to the factors in slot slots[i]."""
+        self.slots = slots
+        first = int(slots[0])
+        self.single = first if bool((slots == first).all()) else None
+
+    def pick(self, stacked: Float[Tensor, "m *shape"]) -> Float[Tensor, "batch *shape"]:
+        """Each sample's own slice of a stacked tensor; one broadcast slice when the batch is of one client."""
+        if self.single is not None:
+            return stacked[self.single : self.single + 1]
+        assert self.slots is not None, "route the batch before the model sees it"
+        return stacked.index_select(0, self.slots)
+
+    def rows(self, x: Float[Tensor, "..."]) -> Float[Tensor, "batch tokens d"]:
+        """Any activation whose leading dimension is (a multiple of) the batch, as one row of tokens a sample."""
+        if self.single is not None:
+            return x.reshape(1, -1, x.shape[-1])
+        assert self.slots is not None, "route the batch before the model sees it"
+        return x.reshape(len(self.slots), -1, x.shape[-1])
+
+    def each(
+        self, rows: Float[Tensor, "batch tokens d"], through: Callable[[int, Tensor], Tensor]
+    ) -> Float[Tensor, "batch tokens d_out"]:
+        """Every client's rows through `through(slot, rows)`, one call a client: for what is too large to gather."""
+        if self.single is not None:
+            return through(self.single, rows)
+        assert self.slots is not None, "route the batch before the model sees it"
+        order = torch.argsort(self.slots, stable=True)
+        slots, counts = torch.unique_consecutive(self.slots[order], return_counts=True)
+        parts = rows[order].split(counts.tolist())
+        done = [through(slot, part) for slot, part in zip(slots.tolist(), parts, strict=True)]
+        return torch.cat(done)[torch.argsort(order)]
