@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from fedtri import combine, methods, server
-from fedtri.errors import FedtriError
 from fedtri.server import Expectation
 from fedtri.types import Key, Layer, Layout, Method, Mixture, Plan, Reply, ServerState, Sketch
 from tiny import assert_same

@@ -118,7 +118,7 @@ def prepare(model: nn.Module, routing: Routing) -> Packing | None:
     ):
         return None
     owner = _owner_of_layers(backbone)
-    if owner is None:
+    if owner is None or next(backbone.parameters()).is_meta:  # shapes alone, as cost and a network's server have them
         return None
     packing = Packing(backbone, owner, routing)
     pad = getattr(getattr(model, "config", None), "pad_token_id", None)

@@ -80,9 +80,7 @@ def _rounds(
     rundir.write_json(folder / "summary.json", summarise(federation, lines))
 
 
-def record(
-    folder: Path, progress: engine.Progress, store: ClientStore, lines: list[dict[str, Any]]
-) -> Progress:
+def record(folder: Path, progress: engine.Progress, store: ClientStore, lines: list[dict[str, Any]]) -> Progress:
     """Write a round's checkpoint and line, and add the line to `lines`."""
     checkpoint.save(folder / "checkpoints", progress.state, store, progress.line)
     rundir.append_round(folder, progress.line)

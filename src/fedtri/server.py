@@ -7,7 +7,6 @@ import numpy as np
 import torch
 
 from fedtri import combine
-from fedtri.errors import FedtriError
 from fedtri.seeds import derive
 from fedtri.similarity import extend_distances
 from fedtri.types import Factors, Key, Layout, Method, Phase, Reply, ServerState, Task, only

@@ -259,7 +259,7 @@ class _Learner:
         self.schedule.step()
 
 
-def _schedule(optimizer: torch.optim.Optimizer, work: Work, how: Optimization) -> torch.optim.lr_scheduler.LambdaLR:
+def _schedule(optimizer: torch.optim.Optimizer, work: Work, how: Optimization) -> torch.optim.lr_scheduler.LRScheduler:
     """The learning rate's schedule over one round."""
     if how.schedule == "constant":
         return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1)

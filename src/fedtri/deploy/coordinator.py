@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from fedtri import checkpoint, config as configuration, engine, rundir, runs
+from fedtri import checkpoint, engine, rundir, runs
+from fedtri import config as configuration
 from fedtri.adapter import Cohort
 from fedtri.config import Config
 from fedtri.cost import skeleton

@@ -1,13 +1,13 @@
 """The folder of a federation, `fedtri deploy init`: what the server's machine, each site and its keeper need.
 
-    server/         certificates, the sites' public keys, app/ (what `flwr run` runs), and the scripts start, register, run
-    sites/NAME/     the site's key pair, the authority's certificate, node.toml, and the scripts start and check
-    authority.key   signs further certificates; keep it off the network, or delete it
+server/         certificates, the sites' public keys, app/ (what `flwr run` runs), and the scripts start, register, run
+sites/NAME/     the site's key pair, the authority's certificate, node.toml, and the scripts start and check
+authority.key   signs further certificates; keep it off the network, or delete it
 """
 
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from string import Template
@@ -52,7 +52,7 @@ def write(folder: Path, *, clients: Sequence[str], labels: Sequence[str], host: 
     return [server, *sites]
 
 
-def _server(folder: Path, signer: certificates.Authority, clients: Sequence[str], values: dict[str, object]) -> Path:
+def _server(folder: Path, signer: certificates.Authority, clients: Sequence[str], values: Mapping[str, object]) -> Path:
     hosts = list(dict.fromkeys([str(values["host"]), "localhost", "127.0.0.1"]))
     certificate, key = certificates.server(signer, hosts)
     _put(folder / "ca.crt", signer.certificate)
@@ -71,7 +71,7 @@ def _server(folder: Path, signer: certificates.Authority, clients: Sequence[str]
     return folder
 
 
-def _site(folder: Path, signer: certificates.Authority, number: int, values: dict[str, object]) -> Path:
+def _site(folder: Path, signer: certificates.Authority, number: int, values: Mapping[str, object]) -> Path:
     private, public = certificates.pair()
     _put(folder / "key", private, 0o600)
     _put(folder / "key.pub", public)
@@ -96,7 +96,7 @@ def _source(name: str) -> str:
     return resources.files("fedtri.deploy").joinpath("files", name).read_text(encoding="utf-8")
 
 
-def _text(name: str, values: dict[str, object]) -> str:
+def _text(name: str, values: Mapping[str, object]) -> str:
     return Template(_source(name)).substitute(values)
 
 

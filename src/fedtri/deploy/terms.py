@@ -19,7 +19,7 @@ def common(path: Path, run_config: Mapping[str, object]) -> Config:
     Raises FedtriError where the file does not say who takes part or which classes there are.
     """
     given = {key: value for key, value in run_config.items() if value not in ("", 0)}
-    config = configuration.load(path, **given)
+    config = configuration.load(path, (), **given)  # pyright: ignore[reportArgumentType]
     for key in ("clients", "labels"):
         found = getattr(config.network, key)
         if len(found) < 2 or len(set(found)) < len(found):

@@ -206,7 +206,7 @@ class FlowerTransport:
             return [self._failure(client, str(error), refused=True, retries=pending.retries), *outcome]
 
     def _read(self, message: Message, pending: _Pending) -> Answer:
-        """The answer in a reply. Raises _ClientError where the client says that it failed, FedtriError where it is wrong."""
+        """The answer in a reply. Raises _ClientError where the client failed, FedtriError where its answer is wrong."""
         task = pending.task
         if message.has_error():
             raise _ClientError(f"failed with Flower's error {message.error.code}")
