@@ -34,6 +34,7 @@ from fedtri.types import Layout, Method
 from fedtri.wire import DTYPES
 
 LOG = logging.getLogger("flwr")
+LOGGED = "run.log"
 CHANGEABLE = {"network", "out", "rounds", "device"}
 """Keys that may be changed between the start of a run and its going on."""
 
@@ -56,7 +57,7 @@ def lead(path: Path, grid: Grid, run_config: Mapping[str, object]) -> None:
     method = networked(choose_method(config))
     layout, sizes = shapes(config, method)
     ranks = client_ranks(config.rank, sorted(config.network.clients), config.seed)
-    with opened(config) as run:
+    with opened(config) as run, logged(run.folder / LOGGED):
         terms = Terms(layout, config.wire.dtype, config.wire.norm_bound, fingerprint(config), run.run)
         transport = FlowerTransport(grid, terms, sizes, ranks, lambda round: method.plan(round).up, config.network)
         expected = Expectation(layout, ranks, config.wire.norm_bound, config.lora_alpha)
@@ -87,6 +88,23 @@ def shapes(config: Config, method: Method) -> tuple[Layout, Sizes]:
         heads=method.heads,
     )
     return cohort.layout, Sizes(task.classes, width)
+
+
+@contextmanager
+def logged(path: Path) -> Iterator[None]:
+    """What happens inside is written to this file too, an error that ends it last: Flower shows it on request alone."""
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.addFilter(lambda record: record.getMessage().startswith("fedtri: "))
+    LOG.addHandler(handler)
+    try:
+        yield
+    except Exception as error:
+        LOG.error("fedtri: the run stopped: %s", error)
+        raise
+    finally:
+        LOG.removeHandler(handler)
+        handler.close()
 
 
 @contextmanager
