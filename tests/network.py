@@ -3,12 +3,14 @@
 import csv
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,16 @@ CLIENTS = [f"client-{number:02}" for number in range(4)]
 ROWS = 40
 SCRIPTS = str(Path(sys.executable).parent)
 ENVIRONMENT = {**os.environ, "PATH": f"{SCRIPTS}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+SUPERNODE = f"""#!{sys.executable}
+# The real SuperNode, which looks for messages every 0.2 s instead of 3, and is missed after 20 s instead of 60.
+import sys, time, types
+from flwr.supercore import heartbeat
+from flwr.supernode import fleet_http_connection, start_client_internal
+from flwr.supernode.cli import flower_supernode
+heartbeat.HEARTBEAT_DEFAULT_INTERVAL = fleet_http_connection.HEARTBEAT_DEFAULT_INTERVAL = 10
+start_client_internal.time = types.SimpleNamespace(sleep=lambda seconds: time.sleep(0.2))
+sys.exit(flower_supernode())
+"""
 
 
 def free_port() -> int:
@@ -56,7 +68,8 @@ def kill_tree(process: int) -> None:
     for one in doomed:
         doomed += parents.get(one, [])
     for one in doomed:
-        os.kill(one, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.kill(one, signal.SIGKILL)
 
 
 @dataclass
@@ -67,9 +80,13 @@ class Network:
     lab: Lab
     port: int = field(default_factory=free_port)
     processes: dict[str, subprocess.Popen] = field(default_factory=dict)
+    runs: dict[Path, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         deployment.write(self.folder, clients=CLIENTS, labels=sorted(LABELS), host="127.0.0.1", port=self.port)
+        (self.folder / "bin").mkdir()
+        (self.folder / "bin" / "flower-supernode").write_text(SUPERNODE)
+        (self.folder / "bin" / "flower-supernode").chmod(0o755)
         for number, client in enumerate(CLIENTS):
             save_data(self.site(client) / "data.csv", ROWS, seed=number)
             columns = '\n[columns]\ntext = "sentence"\nlabel = "topic"\n'
@@ -87,18 +104,32 @@ class Network:
         with (folder / "log").open("a") as log:
             self.processes[name] = subprocess.Popen(
                 [folder / "start"], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-                env={**ENVIRONMENT, **environment},
+                env={**ENVIRONMENT, "PATH": f"{self.folder}/bin:{ENVIRONMENT['PATH']}", **environment},
             )  # fmt: skip
 
     def start_server(self) -> None:
         self.start("server", self.server, HOST="127.0.0.1")
         wait_for(self.answering, 60, lambda: self.log(self.server))
 
-    def start_site(self, client: str) -> None:
-        seen = self.log(self.site(client)).count("SuperNode ID")
-        self.start(client, self.site(client), PORT=str(free_port()))
-        log = lambda: self.log(self.site(client))  # noqa: E731
-        wait_for(lambda: log().count("SuperNode ID") > seen, 60, log)
+    def start_sites(self, *clients: str) -> None:
+        """Start SuperNodes until the server takes them, which for one that was killed it does once it misses it."""
+        until, joined = time.monotonic() + 90, lambda client: self.log(self.site(client)).count("SuperNode ID")
+        waiting = {client: joined(client) for client in clients}
+        while waiting := {client: seen for client, seen in waiting.items() if joined(client) == seen}:
+            assert time.monotonic() < until, self.log(self.site(min(waiting)))
+            for client in waiting:
+                if client not in self.processes or self.processes[client].poll() is not None:
+                    self.start(client, self.site(client), PORT=str(free_port()))
+            time.sleep(0.1)
+
+    def warm(self, client: str) -> None:
+        """Start the process that will hold the site's model before it is asked for."""
+        (self.site(client) / "state").mkdir(mode=0o700, exist_ok=True)
+        command = [sys.executable, "-m", "fedtri.deploy.worker", "state", "900"]
+        with (self.site(client) / "log").open("a") as log:
+            subprocess.Popen(
+                command, cwd=self.site(client), start_new_session=True, stdout=log, stderr=log, env=ENVIRONMENT
+            )
 
     def answering(self) -> bool:
         with socket.socket() as one:
@@ -118,7 +149,7 @@ class Network:
 
     def kill(self, name: str) -> None:
         """kill -9 of the server or a site, and of all processes that it has started."""
-        if worker := self.worker(name):
+        if (self.site(name) / "state").exists() and (worker := self.worker(name)):
             kill_tree(worker)
         kill_tree(self.processes[name].pid)
         self.processes.pop(name).wait()
@@ -133,14 +164,24 @@ class Network:
         """A configuration for both ends."""
         network = {"clients": CLIENTS, "labels": sorted(LABELS), "minimum": 4, "deadline": 120.0, "patience": 60.0}
         network |= values.pop("network", {})
-        return self.lab.config(out=str(out), network=network, clients=None, rounds=3, evaluate=False, **values)
+        values = {"rounds": 3, "evaluate": False} | values
+        return self.lab.config(out=str(out), network=network, clients=None, **values)
 
     def run(self, config: Config) -> Path:
         """Start a run of this configuration; its run directory."""
         table = config.model_dump(exclude_none=True)
         (self.server / "app" / "federation.toml").write_text(tomli_w.dumps(table))
-        self.script("run")
+        (number,) = re.findall(r"started run (\d+)", self.script("run"))
+        self.runs[Path(str(config.out))] = number
         return Path(str(config.out))
+
+    def stop_runs(self) -> None:
+        """Stop what a test that failed has left running."""
+        for out, number in self.runs.items():
+            if not (out / "report.html").exists():
+                command = f". ./environment; flwr stop {number} fedtri"
+                subprocess.run(["sh", "-c", command], cwd=self.server, env=ENVIRONMENT, capture_output=True)
+        self.runs.clear()
 
     def finished(self, out: Path, seconds: float = 150) -> list[dict[str, Any]]:
         """The lines of a run, once it is finished."""

@@ -54,9 +54,10 @@ def run(
     """Run the rounds that are left after `state`; `history` holds the lines of the rounds before it."""
     state = (state or ServerState()).with_(ranks=expected.ranks, alpha=expected.alpha)
     lines, missed = list(history), 0
+    record = _Round(method, transport, on_phase, state.round)
     while state.round < schedule.rounds and not _enough(lines, schedule.patience):
         clients = transport.clients()
-        record = _Round(method, transport, on_phase, state.round)
+        record = record if missed else _Round(method, transport, on_phase, state.round)
         chosen = server.sample(clients, schedule.fraction, state.round, schedule.seed)
         if method.needs_sketch and (new := [c for c in chosen if c not in state.sketches]):
             state = server.sketched(method, state, [a.reply for a in record.ask(state, new, "sketch")])

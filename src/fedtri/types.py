@@ -272,5 +272,5 @@ class Transport(Protocol):
         ...
 
     def exchange(self, tasks: Sequence[Task]) -> Sequence[Answer | Failure]:
-        """Ask every task's client; answers in any order, and failures for some, never for the same client."""
+        """Ask every task's client; answers in any order, and a failure where there is none or one too many."""
         ...

@@ -167,7 +167,6 @@ def _write(path: Path, value: object) -> None:
 
 def main() -> None:
     """`python -m fedtri.deploy.worker FOLDER SECONDS`."""
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
     try:
         serve(Path(sys.argv[1]), float(sys.argv[2]))
     except (FedtriError, OSError) as error:

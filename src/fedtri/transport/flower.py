@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import httpx
 from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.common.constant import ErrorCode
 
 from fedtri import sketch, wire
 from fedtri.config import Network
@@ -23,6 +24,8 @@ from fedtri.types import Answer, Failure, Phase, Reply, Task
 LOG = logging.getLogger("flwr")
 POLL = 0.5
 """Seconds between two looks at what has arrived."""
+LEAST = 1.0
+"""Seconds that a client is given at least, or is not asked again."""
 MESSAGES: dict[Phase, str] = {"sketch": "query", "train": "train", "evaluate": "evaluate"}
 
 
@@ -118,7 +121,7 @@ class FlowerTransport:
     ) -> None:
         message = Message(
             RecordDict({BODY: ConfigRecord({BODY: body})}), dst_node_id=node, message_type=MESSAGES[task.phase],
-            ttl=max(until - time.monotonic(), 1.0), group_id=str(task.round + 1),
+            ttl=max(until - time.monotonic(), LEAST), group_id=str(task.round + 1),
         )  # fmt: skip
         (number,) = self.grid.push_messages([message])
         waiting[number] = _Pending(task, body, node, time.monotonic(), retries)
@@ -142,20 +145,28 @@ class FlowerTransport:
         outcome: list[Answer | Failure] = [self._failure(client, "answered twice", refused=True) for _ in more]
         try:
             return [self._read(first, pending), *outcome]
+        except _LateError as late:
+            return [self._failure(client, str(late), retries=pending.retries), *outcome]
         except _ClientError as failed:
-            if pending.retries < self.options.retries and (node := self._nodes().get(client)) is not None:
+            if pending.retries < self.options.retries and time.monotonic() < until - LEAST:
                 LOG.warning("fedtri: %s: %s; asking again", client, failed)
-                self._push(waiting, pending.task, pending.body, node, until, pending.retries + 1)
+                self._push(waiting, pending.task, pending.body, pending.node, until, pending.retries + 1)
                 return outcome
             return [self._failure(client, str(failed), retries=pending.retries), *outcome]
         except FedtriError as error:
             return [self._failure(client, str(error), refused=True, retries=pending.retries), *outcome]
 
     def _read(self, message: Message, pending: _Pending) -> Answer:
-        """The answer in a reply. Raises _ClientError where the client failed, FedtriError where its answer is wrong."""
+        """The answer in a reply. Raises FedtriError where it is wrong, _ClientError where the client failed, _LateError
+        where it is gone.
+        """
         task = pending.task
         if message.has_error():
-            raise _ClientError(f"failed with Flower's error {message.error.code}")
+            if message.error.code in (ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE):
+                raise _LateError(f"no answer within {self.options.deadline:g} s")
+            if message.error.code == ErrorCode.NODE_UNAVAILABLE:
+                raise _LateError("went offline")
+            raise _ClientError(f"failed with Flower's error {message.error.code}; the reason is in the site's own log")
         record = message.content.config_records.get(BODY) or {}
         if isinstance(stage := record.get(FAILED), str) and STAGE.fullmatch(stage):
             raise _ClientError(f"failed while {stage}; the reason is in the site's own log")
@@ -182,6 +193,10 @@ class FlowerTransport:
     def _failure(self, client: str, why: str, *, refused: bool = False, retries: int = 0) -> Failure:
         LOG.warning("fedtri: %s: %s%s", client, "refused: " if refused else "", why)
         return Failure(client, f"{client}: {why}", refused, retries)
+
+
+class _LateError(Exception):
+    """A client that cannot be heard of any more in this phase."""
 
 
 class _ClientError(Exception):
