@@ -59,8 +59,8 @@ def lead(path: Path, grid: Grid, run_config: Mapping[str, object]) -> None:
     ranks = client_ranks(config.rank, sorted(config.network.clients), config.seed)
     with opened(config) as run, logged(run.folder / LOGGED):
         terms = Terms(layout, config.wire.dtype, config.wire.norm_bound, fingerprint(config), run.run)
-        transport = FlowerTransport(grid, terms, sizes, ranks, lambda round: method.plan(round).up, config.network)
         expected = Expectation(layout, ranks, config.wire.norm_bound, config.lora_alpha)
+        transport = FlowerTransport(grid, terms, sizes, expected, lambda round: method.plan(round).up, config.network)
         for progress in engine.run(
             method, transport, expected, _schedule(config), state=run.found.state if run.found else None,
             history=run.lines, on_phase=_say,

@@ -5,7 +5,7 @@ each phase of a run. Model and data stay in memory between calls, in worker.py's
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -113,13 +113,14 @@ def open_site(config: Config, node: Node) -> Opened:
 class Office:
     """A site that answers calls; what one call has opened serves the next, until configuration, model or data change."""
 
-    def __init__(self) -> None:
+    def __init__(self, loading: Callable[[bool], None] = lambda now: None) -> None:
+        self._loading = loading
         self._open: tuple[str, Opened] | None = None
 
-    def answer(
+    def open(
         self, path: Path, call: Called, node_config: Mapping[str, object], run_config: Mapping[str, object]
-    ) -> bytes:
-        """The reply's buffer to one call. Raises SiteError that names the stage and nothing of the site's."""
+    ) -> Opened:
+        """The site that this call is for. Raises SiteError that names the stage and nothing of the site's."""
         with stage("reading its configuration"):
             node = node_of(node_config)
             if call.client != node.client:
@@ -130,9 +131,13 @@ class Office:
             config = configured(path, run_config, node)
             name = f"{examples.digest(config, node.client)} {node.model_dump_json()} {config.model_dump_json()}"
         if self._open is None or self._open[0] != name:
-            self._open = None  # the old model goes before the new one comes
-            self._open = name, open_site(config, node)
-        return respond(self._open[1], call)
+            self._loading(True)
+            try:
+                self._open = None  # the old model goes before the new one comes
+                self._open = name, open_site(config, node)
+            finally:
+                self._loading(False)
+        return self._open[1]
 
 
 def respond(opened: Opened, call: Called) -> bytes:

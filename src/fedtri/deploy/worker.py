@@ -1,7 +1,8 @@
 """The process at a site that keeps model and data in memory while Flower starts a new process for every message.
 
 Flower's process hands the call over by a Unix socket that the site's user alone can reach, and waits no longer than
-the server does: a worker that is late is killed, since what it has saved is whole and its answer is of no use.
+the server does: a worker that trains for longer is killed, since what it has saved is whole and its answer is of no
+use; one that still loads its model is left to it, for the next call.
 Imports no torch, for Flower's process imports it with every message; the worker imports what it needs itself.
 """
 
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger("flwr")
 ADDRESS, PLACE = "worker.json", "fedtri-"
-ANSWERED, REFUSED = b"a", b"r"
+BEGUN, ANSWERED, REFUSED = b"b", b"a", b"r"
 TRIES = 2
 """A worker may go just when a call comes; the next one is started for it."""
 
@@ -43,9 +44,9 @@ def answer(path: Path, call: Called, node_config: Mapping[str, object], run_conf
     until = time.monotonic() + call.seconds
     keep, state = node_config.get("keep_warm", 900), node_config.get("state")
     if not isinstance(state, str) or not isinstance(keep, int | float) or keep <= 0:
-        from fedtri.deploy.site import Office
+        from fedtri.deploy.site import Office, respond
 
-        return Office().answer(path, call, node_config, run_config)
+        return respond(Office().open(path, call, node_config, run_config), call)
     request = json.dumps({
         "path": str(path), "run": call.run.hex(), "client": call.client, "seconds": call.seconds,
         "data": base64.b64encode(call.data).decode(), "node": dict(node_config), "config": dict(run_config),
@@ -53,11 +54,9 @@ def answer(path: Path, call: Called, node_config: Mapping[str, object], run_conf
     for _ in range(TRIES):
         with _worker(Path(state), keep) as (connection, process):
             try:
-                reply = _asked(connection, request, until)
+                reply = _asked(connection, request, until).removeprefix(BEGUN)
             except TimeoutError:
-                LOG.error("fedtri: not done within the %.0f s that the server waits; the worker is stopped", call.seconds)
-                os.kill(process, signal.SIGKILL)
-                raise SiteError("at work longer than the deadline") from None
+                raise SiteError(_late(Path(state), process, call.seconds)) from None
         if reply[:1] == ANSWERED:
             return reply[1:]
         if reply[:1] == REFUSED:
@@ -66,20 +65,49 @@ def answer(path: Path, call: Called, node_config: Mapping[str, object], run_conf
     raise SiteError("at work because its process died")
 
 
+def _late(folder: Path, process: int, seconds: float) -> str:
+    """Stop a worker that is not done in time, unless it is loading; the stage it is in."""
+    if json.loads((folder / ADDRESS).read_text())["loading"]:
+        LOG.error("fedtri: the model is not loaded within the %.0f s that the server waits", seconds)
+        return "loading its model longer than the deadline"
+    LOG.error("fedtri: not done within the %.0f s that the server waits; the worker is stopped", seconds)
+    os.kill(process, signal.SIGKILL)
+    return "at work longer than the deadline"
+
+
 def serve(folder: Path, keep: float) -> None:
     """Answer calls one after another until none has come for `keep` seconds."""
     _clear(folder)
     with tempfile.TemporaryDirectory(prefix=PLACE) as place, _listening(Path(place) / "calls") as listener:
-        _write(folder / ADDRESS, {"socket": f"{place}/calls", "process": os.getpid()})
+
+        def loading(now: bool) -> None:
+            _write(folder / ADDRESS, {"socket": f"{place}/calls", "process": os.getpid(), "loading": now})
+
+        loading(True)
         from fedtri.deploy.site import Office  # while the first call waits
 
-        office = Office()
+        office = Office(loading)
+        loading(False)
         listener.settimeout(keep)
         with suppress(TimeoutError):
             while True:
                 connection, _ = listener.accept()
                 with connection, suppress(ConnectionError):
-                    connection.sendall(_reply(office, _read(connection)))
+                    _reply(office, connection)
+
+
+def _reply(office: "Office", connection: socket.socket) -> None:
+    """Answer one call, unless whoever called has gone by the time that the model is loaded."""
+    from fedtri.deploy.site import respond
+
+    said = json.loads(_read(connection))
+    call = Called(bytes.fromhex(said["run"]), said["client"], base64.b64decode(said["data"]), said["seconds"])
+    try:
+        opened = office.open(Path(said["path"]), call, said["node"], said["config"])
+        connection.sendall(BEGUN)
+        connection.sendall(ANSWERED + respond(opened, call))
+    except SiteError as failure:
+        connection.sendall(REFUSED + str(failure).encode())
 
 
 def _clear(folder: Path) -> None:
@@ -88,15 +116,6 @@ def _clear(folder: Path) -> None:
         place = Path(json.loads((folder / ADDRESS).read_text())["socket"]).parent
         if place.name.startswith(PLACE):
             shutil.rmtree(place)
-
-
-def _reply(office: "Office", request: bytes) -> bytes:
-    said = json.loads(request)
-    call = Called(bytes.fromhex(said["run"]), said["client"], base64.b64decode(said["data"]), said["seconds"])
-    try:
-        return ANSWERED + office.answer(Path(said["path"]), call, said["node"], said["config"])
-    except SiteError as failure:
-        return REFUSED + str(failure).encode()
 
 
 def _asked(connection: socket.socket, request: bytes, until: float) -> bytes:

@@ -7,16 +7,17 @@ or refused is named and costs the others nothing.
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import httpx
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.common.constant import ErrorCode
 
-from fedtri import sketch, wire
+from fedtri import server, sketch, wire
 from fedtri.config import Network
 from fedtri.errors import FedtriError
+from fedtri.server import Expectation
 from fedtri.transport.flower_calls import BODY, FAILED, PREFIX, STAGE, Grid
 from fedtri.transport.sealed import Sizes, Terms
 from fedtri.types import Answer, Failure, Phase, Reply, Task
@@ -42,10 +43,11 @@ class FlowerTransport:
     """The server's end: clients are the registered nodes that are online and named in the configuration."""
 
     def __init__(
-        self, grid: Grid, terms: Terms, sizes: Sizes, ranks: Mapping[str, int], up: Callable[[int], frozenset[str]],
+        self, grid: Grid, terms: Terms, sizes: Sizes, expected: Expectation, up: Callable[[int], frozenset[str]],
         options: Network,
     ) -> None:  # fmt: skip
-        self.grid, self.terms, self.sizes, self.ranks, self.up, self.options = grid, terms, sizes, ranks, up, options
+        self.grid, self.terms, self.sizes, self.expected = grid, terms, sizes, expected
+        self.up, self.options = up, options
         self.examples: dict[str, int] = {}
         """Training examples of every client heard of."""
         self._strangers: set[int] = set()
@@ -176,7 +178,7 @@ class FlowerTransport:
             raise FedtriError("wire: the reply is of another node than was asked")
         up = self.up(task.round) if task.phase == "train" else frozenset[str]()
         room = sketch.most_bytes(self.sizes.classes, self.sizes.features) if task.phase == "sketch" else 0
-        said = self.terms.decode(body, task.client, self.ranks[task.client], up, room)
+        said = self.terms.decode(body, task.client, self.expected.ranks[task.client], up, room)
         if (said.round, said.phase) != (task.round, task.phase):
             raise FedtriError(
                 f"wire: the reply is to {said.phase} of round {said.round + 1}, "
@@ -187,6 +189,8 @@ class FlowerTransport:
             found = sketch.decode(said.sketch, classes=self.sizes.classes, d=self.sizes.features)
         self.examples[task.client] = said.num_examples
         reply = Reply(task.client, said.round, said.factors, said.num_examples, said.metrics, found)
+        if task.phase == "train" and (why := server.refuse(reply, up, self.expected)):
+            raise FedtriError(why.removeprefix(f"{task.client}: "))
         spent = time.monotonic() - pending.sent
         return Answer(reply, len(body), len(pending.body), spent, pending.retries)
 
