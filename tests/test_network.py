@@ -63,7 +63,7 @@ def test_three_rounds_end_bit_for_bit_as_in_one_process(net, method, tmp_path):
 
 
 def test_a_server_killed_in_mid_round_ends_as_one_never_stopped(net, tmp_path):
-    """kill -9 of the SuperLink with its app while a client still trains; started again, it asks for that round again."""
+    """kill -9 of the SuperLink with its app while a client trains; started again, it asks for that round again."""
     config = net.configuration(tmp_path / "run", method="ce_lora")
     out, late = net.run(config), CLIENTS[1]
     wait_for(lambda: len(network.lines(out)) == 1, 90, lambda: net.log(net.server))
@@ -96,7 +96,9 @@ class Missing(LocalTransport):
 
 def misled(net: Network, folder: Path, file: str, data: bytes) -> str:
     """Start a site one of whose files is of another federation; its name."""
-    place = shutil.copytree(net.site(CLIENTS[0]), folder / file, ignore=shutil.ignore_patterns("state", "log", "flower"))
+    place = shutil.copytree(
+        net.site(CLIENTS[0]), folder / file, ignore=shutil.ignore_patterns("state", "log", "flower")
+    )
     (place / file).write_bytes(data)
     net.start(file, place, PORT=str(network.free_port()))
     return file

@@ -1,4 +1,4 @@
-"""Laws of `fedtri deploy check`: what is in order says ok, what is not says what to do, and the exit code says which."""
+"""Laws of `fedtri deploy check`: what is in order says ok, what is not says what to do, and the exit code is 2."""
 
 import shutil
 import socket

@@ -125,7 +125,9 @@ def _server(place: Place) -> tuple[str, None]:
     try:
         context = ssl.create_default_context(cafile=str(authority))
     except (OSError, ssl.SSLError) as error:
-        raise FedtriError(f"{authority}: is no certificate that can be read: {error}; copy it from the server") from None
+        raise FedtriError(
+            f"{authority}: is no certificate that can be read: {error}; copy it from the server"
+        ) from None
     try:
         with (
             socket.create_connection((host, int(port)), timeout=SECONDS) as plain,
