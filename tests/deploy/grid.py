@@ -110,11 +110,12 @@ class Grid(serverapp.Grid):
         call = called(message)
         self.sent.append(call.data)
         record: Record
-        opened = self._offices[client].open(self.sites.configuration, call, self.sites.node(client), {})
         try:
+            opened = self._offices[client].open(self.sites.configuration, call, self.sites.node(client), {})
             record = {BODY: site.respond(opened, call)}
         except SiteError as failure:
-            record = {FAILED: str(failure)}
+            yield Message(RecordDict({BODY: ConfigRecord({FAILED: str(failure)})}), reply_to=message)
+            return
         for one in self.scripts.get(client, honest)(call, opened, record):
             if isinstance(one, Exception):
                 yield one

@@ -118,11 +118,12 @@ def labels(source: Source, name: str) -> tuple[np.ndarray, tuple[str, ...]]:
     if source.classes:  # a site may hold some of them alone
         known = {text: value for value, text in names.items()}
         names = {known.get(text, text): text for text in source.classes}
+    remedy = "correct the row, or network.labels at every end" if source.classes else "use a split that has labels"
     ids = {value: id for id, value in enumerate(names)}
     if unknown := set(values) - ids.keys():
         raise FedtriError(
             f'{source.where}: column "{name}" holds {min(map(repr, unknown))}, expected one of '
-            f"{', '.join(map(repr, ids))}; use a split that has labels"
+            f"{', '.join(map(repr, ids))}; {remedy}"
         )
     return np.array([ids[value] for value in values], dtype=np.int64), tuple(names.values())
 

@@ -1,0 +1,112 @@
+"""Bytes on the wire per client and round: CE-LoRA over fedtri's messages, and LoRA as Flower's and PEFT's users send it.
+
+    python benchmarks/network_bytes.py [--out docs/results/network_bytes.md]
+
+MiniLM, rank 8, two clients' worth of settled rounds. A message's body is all that Flower moves of its content: the
+bytes of the message's objects, as the SuperLink stores and sends them. What HTTP, TLS and polling add is left out.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import peft
+import tomli_w
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+from flwr.supercore.task_identity import TaskIdentity
+from transformers import AutoModelForSequenceClassification
+
+from fedtri import wire
+from fedtri.data import docstrings
+from fedtri.deploy import site
+from fedtri.deploy.terms import fingerprint
+from fedtri.models import locate
+from fedtri.transport.flower_calls import BODY, PREFIX, Called
+from fedtri.transport.sealed import Terms
+from fedtri.types import Factors
+
+CLIENT, RUN = "site1", bytes(8)
+LAYERS = [f"encoder.layer.{i}.attention.self.{name}" for i in range(6) for name in ("query", "value")]
+
+
+def body(content: RecordDict) -> int:
+    """Bytes of the content's objects as Flower sends them."""
+    message = Message(content, dst_node_id=1, message_type="train")
+    objects = get_all_nested_objects(message)
+    return sum(len(one.deflate()) for one in objects.values())
+
+
+def buffer(data: bytes) -> int:
+    """Bytes of a message that holds one buffer."""
+    return body(RecordDict({BODY: ConfigRecord({BODY: data})}))
+
+
+def ce_lora(folder: Path) -> tuple[int, int, int]:
+    """(payload, up, down) of a settled round: what goes up with training, down with delivery and evaluation."""
+    labels = ["numpy", "python", "scikit-learn", "scipy", "torch", "transformers"]
+    table = docstrings.load().table.to_pandas()[["text", "label"]].sample(120, random_state=0)
+    table.to_csv(folder / "data.csv", index=False)
+    network = {"clients": [CLIENT, "site2"], "labels": labels}
+    config = {"method": "ce_lora", "head": "personal", "steps": 2, "network": network}
+    path = folder / "federation.toml"
+    path.write_text(tomli_w.dumps(config))
+    node = {"client": CLIENT, "data": str(folder / "data.csv"), "state": str(folder / "state"), "device": "cpu"}
+    office = site.Office()
+    opened = office.open(path, Called(RUN, CLIENT, b"", 60), node, {})
+    layout = opened.site.cohort.layout
+    terms = Terms(layout, "float32", 1e4, fingerprint(opened.config), RUN)
+
+    def asked(phase: wire.Phase, round: int, down: Factors) -> tuple[int, int, Factors]:
+        data = terms.encode(wire.Message(phase, round, down), CLIENT)
+        reply = site.respond(opened, Called(RUN, CLIENT, data, 60))
+        said = terms.decode(reply, CLIENT, 8, frozenset("C"))
+        sent = PREFIX.pack(RUN, len(CLIENT)) + CLIENT.encode() + data
+        return buffer(reply), buffer(sent), said.factors
+
+    cores: Factors = {}
+    up = down = 0
+    for round in range(2):
+        trained_up, trained_down, cores = asked("train", round, {})
+        scored_up, scored_down, _ = asked("evaluate", round + 1, cores)
+        up, down = trained_up + scored_up, trained_down + scored_down
+    return wire.payload_bytes(cores), up, down
+
+
+def flower_peft() -> tuple[int, int, int]:
+    """(payload, up, down) of LoRA's A and B, an array each, in Flower's own records: one message each way."""
+    model = AutoModelForSequenceClassification.from_pretrained(locate("minilm"), num_labels=6)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=8, target_modules=["query", "value"]))
+    state = peft.get_peft_model_state_dict(adapted)
+    payload = sum(value.numel() * value.element_size() for value in state.values())
+    config = ConfigRecord({"server-round": 1, "lr": 3e-3})
+    metrics = MetricRecord({"num-examples": 84, "train_loss": 1.25, "accuracy": 0.5, "loss": 1.5})
+    arrays = ArrayRecord(state)  # pyright: ignore[reportArgumentType]
+    up = body(RecordDict({"arrays": arrays, "metrics": metrics}))
+    return payload, up, body(RecordDict({"arrays": arrays, "config": config}))
+
+
+def main() -> None:
+    options = argparse.ArgumentParser()
+    options.add_argument("--out", type=Path)
+    out = options.parse_args().out
+    TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
+    with tempfile.TemporaryDirectory() as folder:
+        rows = [("CE-LoRA, fedtri", *ce_lora(Path(folder))), ("LoRA, Flower + PEFT", *flower_peft())]
+    lines = [
+        "# Bytes on the wire per client and round", "",
+        "MiniLM, rank 8 on query and value (12 layers), float32, heads at home. All messages of a settled round,",
+        "bodies as Flower moves them; fedtri's hold two questions and two answers (train, then deliver and evaluate),",
+        "with metrics, Flower's and PEFT's one of each.", "", "    python benchmarks/network_bytes.py", "",
+        "| | numbers alone | up | down | up / numbers | down / numbers |", "|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for name, payload, up, down in rows:
+        lines.append(f"| {name} | {payload:,} | {up:,} | {down:,} | {up / payload:.3f} | {down / payload:.3f} |")
+    text = "\n".join(lines) + "\n"
+    print(text)
+    if out is not None:
+        out.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
