@@ -10,10 +10,18 @@ from typing import Any
 import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from PIL import Image
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    PreTrainedTokenizerFast,
+    ViTConfig,
+    ViTForImageClassification,
+)
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from fedtri import adapter, config, engine, federation
+from fedtri import adapter, config, engine, federation, train
 from fedtri.methods import METHODS
 from fedtri.store import ClientStore
 from fedtri.types import Factors, Key
@@ -77,8 +85,12 @@ def tokenizer(kind: str = "bert") -> PreTrainedTokenizerFast:
 
 def save_model(folder: Path, kind: str) -> Path:
     """A folder as a user would point `model` at."""
-    classifier(kind).save_pretrained(folder)
-    tokenizer(kind).save_pretrained(folder)
+    if kind in IMAGE_MODELS:
+        parts = IMAGE_MODELS[kind]()
+    else:
+        parts = (classifier(kind), tokenizer(kind))
+    for part in parts:
+        part.save_pretrained(folder)
     return folder
 
 
@@ -93,6 +105,39 @@ def save_data(path: Path, rows: int = 120, seed: int = 0) -> Path:
             words = [rng.choice(WORDS[label] if rng.random() < 0.4 else COMMON) for _ in range(rng.randint(3, 12))]
             writer.writerow([" ".join([rng.choice(WORDS[label]), *words]), label])
     return path
+
+
+# Models that see images: 8 x 8 pixels, patches of 4.
+
+PATCHES = {**{k: _ENCODER[k] for k in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")},
+           "image_size": 8, "patch_size": 4}  # fmt: skip
+DIGITS: dict[str, Any] = {
+    "data": "digits", "columns": {}, "data_options__limit": 160, "targets": "auto", "steps": 4, "learning_rate": 1e-2,
+}  # fmt: skip
+"""What a lab's config needs for the embedded images."""
+
+
+def vit(labels: int = 10, seed: int = 0) -> tuple[Any, ...]:
+    """A tiny ViT and its processor."""
+    shape = ViTConfig(**PATCHES, num_labels=labels, initializer_range=0.1)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return ViTForImageClassification(shape).eval(), ViTImageProcessorPil(size={"height": 8, "width": 8})
+
+
+IMAGE_MODELS: dict[str, Any] = {"vit": vit}
+
+
+def save_images(folder: Path, count: int = 12, seed: int = 0) -> Path:
+    """An image folder in the layout of `datasets`: red and blue noise, PNG files, one folder a class."""
+    rng = np.random.default_rng(seed)
+    for channel, name in ((0, "red"), (2, "blue")):
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            pixels = rng.integers(0, 90, (10 + i % 3, 12, 3), dtype=np.uint8)
+            pixels[..., channel] += 150
+            Image.fromarray(pixels).save(folder / name / f"{i}.png")
+    return folder
 
 
 @dataclass(frozen=True)
@@ -161,6 +206,16 @@ def clients_tensors(built: federation.Federation) -> dict[str, Factors]:
     """What each client holds on its own disk."""
     site = built.site
     return {c: site.store.load(c) or site.initial(c) for c in built.transport.clients()}
+
+
+def training_loss(built: federation.Federation) -> float:
+    """The clients' mean loss on their own training examples, with what each holds now."""
+    site, losses = built.site, []
+    for client, factors in clients_tensors(built).items():
+        site.cohort.write(0, factors, site.ranks[client], site.alpha)
+        found = train.evaluate(site.cohort, site.task, site.examples, {0: site.splits[client].train})
+        losses.append(found[0]["loss"])
+    return sum(losses) / len(losses)
 
 
 def effective(factors: Mapping[Key, Tensor], layer: str, scale: float = 1.0) -> Tensor:

@@ -28,7 +28,7 @@ def write_peft(
     *,
     alpha: float,
     base_model: str,
-    task_type: str,
+    task_type: str | None,
 ) -> None:
     """Write adapter_config.json and adapter_model.safetensors of a LoRA with B·C as lora_B, of DoRA, or of HiRA.
 

@@ -213,7 +213,7 @@ def _passes(
 ) -> Iterator[tuple[Rows, Scores]]:
     for chosen in micro_batches(examples.lengths[rows], token_budget, packed=cohort.packing is not None):
         cohort.route(owners[chosen], pack=True)
-        yield chosen, task.scores(cohort.model, _to_device(examples.batch(rows[chosen]), cohort))
+        yield chosen, task.scores(cohort, _to_device(examples.batch(rows[chosen]), cohort))
 
 
 def _to_device(batch: Mapping[str, Tensor], cohort: Cohort) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ from typing import Any, NoReturn
 
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from fedtri.errors import FedtriError
@@ -45,11 +45,20 @@ def load_model(
     return loaded, frozenset(fresh)
 
 
-def load_processor(auto: Any, model: str, what: str) -> Any:
+def load_config(model: str, what: str) -> PretrainedConfig:
+    """The checkpoint's configuration. Raises FedtriError where there is none."""
+    try:
+        with quiet():
+            return AutoConfig.from_pretrained(locate(model))
+    except ERRORS as error:
+        _refuse(model, what, error)
+
+
+def load_processor(auto: Any, model: str, what: str, **more: Any) -> Any:
     """The tokenizer or processor beside the weights. Raises FedtriError where there is none."""
     try:
         with quiet():
-            return auto.from_pretrained(locate(model))
+            return auto.from_pretrained(locate(model), **more)
     except ERRORS as error:
         _refuse(model, what, error)
 
@@ -74,7 +83,7 @@ def _refuse(model: str, what: str, error: Exception) -> NoReturn:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
     raise FedtriError(
         f"model: {model} cannot be loaded as {what}: {reason}; expected a folder or hub name with "
-        "config.json, weights and tokenizer"
+        "config.json, weights and tokenizer (or image processor)"
     ) from None
 
 
