@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -85,11 +85,7 @@ def tokenizer(kind: str = "bert") -> PreTrainedTokenizerFast:
 
 def save_model(folder: Path, kind: str) -> Path:
     """A folder as a user would point `model` at."""
-    if kind in IMAGE_MODELS:
-        parts = IMAGE_MODELS[kind]()
-    else:
-        parts = (classifier(kind), tokenizer(kind))
-    for part in parts:
+    for part in IMAGE_MODELS[kind]() if kind in IMAGE_MODELS else (classifier(kind), tokenizer(kind)):
         part.save_pretrained(folder)
     return folder
 
