@@ -10,15 +10,18 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
+    CLIPConfig,
+    CLIPModel,
     PreTrainedTokenizerFast,
     ViTConfig,
     ViTForImageClassification,
 )
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from fedtri import adapter, config, engine, federation, train
@@ -121,7 +124,33 @@ def vit(labels: int = 10, seed: int = 0) -> tuple[Any, ...]:
         return ViTForImageClassification(shape).eval(), ViTImageProcessorPil(size={"height": 8, "width": 8})
 
 
-IMAGE_MODELS: dict[str, Any] = {"vit": vit}
+def clip(seed: int = 0) -> tuple[Any, ...]:
+    """A tiny CLIP, its image processor and a tokenizer: one word or digit, one token; the first is the padding."""
+    words = ["[PAD]", "[UNK]", "<start>", "<end>", *"0123456789", "a", "photo", "of", "the", "digit", "red", "blue"]
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    core.normalizer = normalizers.Lowercase()
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    core.post_processor = processors.TemplateProcessing(
+        single="<start> $A <end>", special_tokens=[("<start>", 2), ("<end>", 3)]
+    )
+    texts = PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="[PAD]", unk_token="[UNK]", bos_token="<start>", eos_token="<end>",
+        model_max_length=12,
+    )  # fmt: skip
+    text = {**_ENCODER, "vocab_size": len(words), "max_position_embeddings": 12}
+    text |= {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3, "initializer_range": 0.2}
+    shape = CLIPConfig(
+        text_config=text, vision_config={**PATCHES, "initializer_range": 0.2}, projection_dim=12,
+        initializer_factor=5.0,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = CLIPModel(shape).eval()
+    cut = CLIPImageProcessorPil(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
+    return model, cut, texts
+
+
+IMAGE_MODELS: dict[str, Any] = {"vit": vit, "clip": clip}
 
 
 def save_images(folder: Path, count: int = 12, seed: int = 0) -> Path:

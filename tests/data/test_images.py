@@ -13,7 +13,7 @@ from pyarrow import parquet
 from fedtri.data import images, load_pool
 from fedtri.data.pool import Source
 from fedtri.errors import FedtriError
-from fedtri.tasks.image_classification import pool
+from fedtri.tasks.images import pool
 from tiny import save_images
 
 

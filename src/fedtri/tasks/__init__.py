@@ -8,6 +8,7 @@ from fedtri.errors import FedtriError
 from fedtri.strict import checked_options
 from fedtri.tasks.base import Batch, Examples, LearningTask, Loaded, Recipe, Scores
 from fedtri.tasks.image_classification import image_classification
+from fedtri.tasks.image_text import image_text
 from fedtri.tasks.text_classification import text_classification
 
 __all__ = ["TASKS", "Batch", "Examples", "LearningTask", "Loaded", "Recipe", "Scores", "build"]
@@ -15,6 +16,7 @@ __all__ = ["TASKS", "Batch", "Examples", "LearningTask", "Loaded", "Recipe", "Sc
 TASKS: dict[str, Callable[..., Recipe]] = {
     "text_classification": text_classification,
     "image_classification": image_classification,
+    "image_text": image_text,
 }
 
 

@@ -69,7 +69,8 @@ def load_tokenizer(model: str, loaded: nn.Module, what: str) -> PreTrainedTokeni
     # transformers invents an empty vocabulary where there is none; a run must not
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise FedtriError(f"model: {model} has no vocabulary, expected a tokenizer beside the weights; save one there")
-    shape: Any = loaded.config
+    config: Any = loaded.config
+    shape = config.get_text_config()
     if tokenizer.model_max_length > 1e6:  # it says none: then the model's positions, of which some reserve two
         tokenizer.model_max_length = getattr(shape, "max_position_embeddings", 10**6) - 2
     if shape.pad_token_id is None and tokenizer.pad_token_id is None:

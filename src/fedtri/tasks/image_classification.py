@@ -10,9 +10,6 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForImageClassification, PretrainedConfig
 
 from fedtri.adapter import Cohort
-from fedtri.data import images as columns
-from fedtri.data import pool as pools
-from fedtri.data.pool import Pool, Source
 from fedtri.models import Weights, backbone_of
 from fedtri.tasks import classes, images
 from fedtri.tasks.base import Batch, Examples, Loaded, Recipe, Rows, Scores
@@ -26,21 +23,14 @@ def image_classification() -> Recipe:
         name="image_classification",
         peft_type=None,
         roles=("image", "label"),
-        pool=pool,
+        pool=images.pool,
         load=load,
-        examples=images.examples,
+        examples=lambda pool, processor, _: images.examples(pool, processor),
         learning=lambda label_names, _: ImageClassification(len(label_names)),
         skeleton=skeleton,
         classifies=True,
         answers=answers,
     )
-
-
-def pool(source: Source) -> Pool:
-    """Columns "image" and "label". Raises FedtriError for a column that cannot be."""
-    found, label = columns.images(source), pools.column(source, "label")
-    ids, names = pools.labels(source, label)
-    return pools.made(source, {"image": found, "label": ids}, {pools.column(source, "image")}, names, classifies=True)
 
 
 def load(model: str, label_names: Sequence[str], weights: Weights) -> Loaded:
@@ -62,13 +52,13 @@ class ImageClassification:
 
     classes: int
 
-    def logits(self, model: nn.Module, batch: Batch) -> Float[Tensor, "batch classes"]:
+    def logits(self, cohort: Cohort, batch: Batch) -> Float[Tensor, "batch classes"]:
         """The head's scores for each class."""
-        return model(pixel_values=images.pixels(model, batch)).logits
+        return cohort.model(pixel_values=images.pixels(cohort.model, batch)).logits
 
     def scores(self, cohort: Cohort, batch: Batch) -> Scores:
         """Cross-entropy and whether the largest score is the label's, of each sample."""
-        return classes.classified(self.logits(cohort.model, batch), batch["labels"])
+        return classes.classified(self.logits(cohort, batch), batch["labels"])
 
     def feature_size(self, model: nn.Module) -> int:
         """The backbone's hidden size, of its last stage where it has several."""
@@ -96,4 +86,4 @@ def answers(
     batch = {"pixel_values": images.of_files(inputs, processor).to(cohort.device)}
     cohort.route([0] * len(inputs))
     with torch.inference_mode():
-        return classes.likeliest(ImageClassification(len(label_names)).logits(cohort.model, batch), label_names)
+        return classes.likeliest(ImageClassification(len(label_names)).logits(cohort, batch), label_names)

@@ -15,8 +15,10 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoImageProcessor
 
+from fedtri.data import pool as pools
+from fedtri.data.images import images as column_of_images
 from fedtri.data.images import opened
-from fedtri.data.pool import Pool
+from fedtri.data.pool import Pool, Source
 from fedtri.errors import FedtriError
 from fedtri.tasks import checkpoints
 from fedtri.tasks.base import Batch, Rows
@@ -76,7 +78,14 @@ class ImageProcessor:
         self.processor.save_pretrained(folder)
 
 
-def examples(pool: Pool, processor: ImageProcessor, max_length: int) -> ImageExamples:
+def pool(source: Source) -> Pool:
+    """Columns "image" and "label". Raises FedtriError for a column that cannot be."""
+    found, label = column_of_images(source), pools.column(source, "label")
+    ids, names = pools.labels(source, label)
+    return pools.made(source, {"image": found, "label": ids}, {pools.column(source, "image")}, names, classifies=True)
+
+
+def examples(pool: Pool, processor: ImageProcessor) -> ImageExamples:
     """The pool decoded and cut to size. Raises FedtriError that names an image which cannot be read."""
     assert pool.labels is not None
     return ImageExamples(pixels_of(pool.table["image"], processor.processor), processor.tokens, pool.labels)
