@@ -89,7 +89,8 @@ def byte_tokenizer() -> CLIPTokenizer:
 
 def _new(out: Path) -> None:
     if out.exists():
-        raise typer.BadParameter(f"{out} exists already, expected a new folder")
+        typer.echo(f"{out} exists already, expected a new folder", err=True)
+        raise typer.Exit(2)
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ CLIENT = "client-01"
 @pytest.mark.parametrize("task", KINDS)
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_learns_every_task_in_two_rounds(method, task, lab, tmp_path):
-    """Seen to fail with nothing trained, and with each image given another one's label."""
+    """Seen to fail with nothing trained."""
     built = lab.federation(tmp_path, **({**KINDS[task], "method": method} | NEEDS.get(method, {})))
     assert built.site.cohort.packing is None
     before = training_loss(built)
@@ -139,7 +139,7 @@ def test_classes_whose_prompts_are_the_same_are_named(lab):
 
 
 def test_clip_leaves_as_an_adapter_of_both_towers(lab, tmp_path):
-    """PEFT's and the merged model's similarities are the client's. Seen to fail with one tower's adapters left out."""
+    """PEFT's and the merged model's similarities are the client's. Seen to fail with B in place of B·C."""
     config = run(lab, tmp_path / "run", "image_text")
     examples = lab.federation(tmp_path / "x", **KINDS["image_text"]).site.examples
     batch = examples.batch(np.arange(8))
@@ -161,7 +161,7 @@ def test_clip_leaves_as_an_adapter_of_both_towers(lab, tmp_path):
 
 
 def test_peft_and_the_merged_model_see_images_as_the_client_did(lab, tmp_path):
-    """Seen to fail with B in place of B·C, and with the head left out."""
+    """Seen to fail with the head left out."""
     config = run(lab, tmp_path / "run", "image_classification")
     examples = lab.federation(tmp_path / "x", **KINDS["image_classification"]).site.examples
     batch = examples.batch(np.arange(8))

@@ -237,7 +237,7 @@ def training_loss(built: federation.Federation) -> float:
     """The clients' mean loss on their own training examples, with what each holds now."""
     site, losses = built.site, []
     for client, factors in clients_tensors(built).items():
-        site.cohort.write(0, factors, site.ranks[client], site.alpha)
+        site.put(0, client, factors)
         found = train.evaluate(site.cohort, site.task, site.examples, {0: site.splits[client].train})
         losses.append(found[0]["loss"])
     return sum(losses) / len(losses)

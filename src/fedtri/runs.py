@@ -47,6 +47,8 @@ def run(config: Config, listener: Listener = Listener()) -> Iterator[Progress]:
         threads = torch.get_num_threads()
         device = str(next(federation.site.cohort.model.parameters()).device)
         rundir.write_json(folder / "labels.json", federation.label_names)
+        for client in federation.site.classes:
+            rundir.write_own_labels(folder, client, federation.own_labels(client) or [])
         rundir.write_json(folder / "environment.json", rundir.environment(device, config.seed, threads))
         yield from _rounds(folder, federation, None, [], listener)
 
@@ -114,6 +116,7 @@ def export_client(target: Path, federation: Federation, client: str) -> None:
     write_peft(
         target, site.store.load(client) or site.initial(client), site.cohort, alpha=site.alpha,
         base_model=locate(federation.config.model), task_type=federation.recipe.peft_type,
+        labels=federation.own_labels(client),
     )  # fmt: skip
 
 
