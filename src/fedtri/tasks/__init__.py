@@ -7,12 +7,14 @@ from typing import Any
 from fedtri.errors import FedtriError
 from fedtri.strict import checked_options
 from fedtri.tasks.base import Batch, Examples, LearningTask, Loaded, Recipe, Scores
+from fedtri.tasks.causal_lm import causal_lm
 from fedtri.tasks.text_classification import text_classification
 
 __all__ = ["TASKS", "Batch", "Examples", "LearningTask", "Loaded", "Recipe", "Scores", "build"]
 
 TASKS: dict[str, Callable[..., Recipe]] = {
     "text_classification": text_classification,
+    "causal_lm": causal_lm,
 }
 
 

@@ -16,6 +16,7 @@ from fedtri.data.pool import Pool, Source
 from fedtri.models import Weights, head_layers
 from fedtri.tasks import checkpoints
 from fedtri.tasks.base import Batch, Examples, Loaded, Recipe, Rows, Scores
+from fedtri.tasks.pooling import mean_pooled
 from fedtri.tasks.ragged import Ragged
 
 WHAT = "a text classifier"
@@ -141,17 +142,6 @@ class TextClassification:
     ) -> Mapping[int, Mapping[str, float]]:
         """None."""
         return {}
-
-
-def mean_pooled(model: nn.Module, inputs: Batch) -> Float[Tensor, "batch d"]:
-    """The backbone's last hidden states, averaged over real tokens."""
-    backbone = model.base_model
-    assert isinstance(backbone, nn.Module)
-    hidden = backbone(**inputs).last_hidden_state  # (batch, tokens, d)
-    if (mask := inputs.get("attention_mask")) is None:
-        return hidden.mean(1)
-    weight = mask.to(hidden.dtype)[..., None]
-    return (hidden * weight).sum(1) / weight.sum(1)
 
 
 def load(model: str, label_names: Sequence[str], weights: Weights) -> Loaded:
