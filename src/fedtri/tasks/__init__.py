@@ -9,11 +9,13 @@ from fedtri.strict import checked_options
 from fedtri.tasks.base import Batch, Examples, LearningTask, Loaded, Recipe, Scores
 from fedtri.tasks.causal_lm import causal_lm
 from fedtri.tasks.text_classification import text_classification
+from fedtri.tasks.token_classification import token_classification
 
 __all__ = ["TASKS", "Batch", "Examples", "LearningTask", "Loaded", "Recipe", "Scores", "build"]
 
 TASKS: dict[str, Callable[..., Recipe]] = {
     "text_classification": text_classification,
+    "token_classification": token_classification,
     "causal_lm": causal_lm,
 }
 

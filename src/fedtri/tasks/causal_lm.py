@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from fedtri.adapter import Cohort
 from fedtri.data import pool as pools
@@ -140,7 +140,8 @@ class TextToContinue:
     def prompts(self, rows: Sequence[int]) -> Batch:
         """input_ids and attention_mask of what precedes the last responses, padded on the left."""
         own = np.asarray(rows, np.int64)
-        parts = [self.tokens.values[self.tokens.offsets[r] :][: self.answered_from[r]] for r in own]
+        starts = self.tokens.offsets[own]
+        parts = [self.tokens.values[a : a + n].tolist() for a, n in zip(starts, self.answered_from[own], strict=True)]
         cut = Ragged.of(parts)
         mask = cut.mask(np.arange(len(own)), left=True)
         ids = cut.padded(np.arange(len(own)), mask, self.pad)
@@ -196,16 +197,20 @@ def tokenize(
         learned.append(flags)
         starts.append(start - cut)
     terms = np.array([sum(row[1:]) for row in learned], np.int64)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return TextToContinue(
-        tokens=Ragged.of(tokens), learned=Ragged.of(learned), answered_from=np.array(starts, np.int64), responses=responses,
-        labels=labels, pad=int(pad or 0), terms=terms,
-    )  # fmt: skip
+        tokens=Ragged.of(tokens),
+        learned=Ragged.of(learned),
+        answered_from=np.array(starts, np.int64),
+        responses=responses,
+        labels=labels,
+        pad=checkpoints.pad_of(tokenizer),
+        terms=terms,
+    )
 
 
 def beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The token that the tokenizer puts before every text, where it has one."""
-    bos = tokenizer.bos_token_id
+    bos: Any = tokenizer.bos_token_id
     return [bos] if bos is not None and tokenizer("")["input_ids"][:1] == [bos] else []
 
 

@@ -65,9 +65,12 @@ def _quantisation(auto: Any, where: str, weights: Weights, head: Callable[[nn.Mo
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     with torch.device("meta"):
         layers = head(auto.from_config(AutoConfig.from_pretrained(where)))
-    skip = {"llm_int8_skip_modules": layers} if layers else {}
-    four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
-    config = BitsAndBytesConfig(**(four if weights.quantization == "4bit" else {"load_in_8bit": True}), **skip)
+    config = BitsAndBytesConfig(
+        load_in_8bit=weights.quantization == "8bit",
+        load_in_4bit=weights.quantization == "4bit",
+        bnb_4bit_quant_type="nf4",
+        llm_int8_skip_modules=layers or None,
+    )
     return {"quantization_config": config, "device_map": {"": weights.device}}
 
 
@@ -94,6 +97,13 @@ def load_tokenizer(model: str, loaded: nn.Module, what: str) -> PreTrainedTokeni
     if shape.pad_token_id is None:
         shape.pad_token_id = tokenizer.pad_token_id
     return tokenizer
+
+
+def pad_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    """What to fill the places behind a text with: the padding token, or the end where there is none."""
+    pad = tokenizer.convert_tokens_to_ids(str(tokenizer.pad_token or tokenizer.eos_token))
+    assert isinstance(pad, int)
+    return pad
 
 
 def _refuse(model: str, what: str, error: Exception) -> NoReturn:

@@ -1,4 +1,4 @@
-"""What tasks that answer in text share: loss on the response's own tokens, greedy answers, and how answers are judged."""
+"""What tasks that answer in text share: loss on a response's own tokens, greedy answers, how answers are judged."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from fedtri.adapter import Cohort
+from fedtri.tasks import checkpoints
 from fedtri.tasks.base import Batch, Rows, Scores
 from fedtri.threads import Stop, side_by_side
 
@@ -40,17 +41,17 @@ def response_scores(model: nn.Module, inputs: Batch, labels: Int[Tensor, "batch 
     return Scores(loss.view_as(wanted).sum(1), hits.sum(1).to(loss.dtype))
 
 
-def generate(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, inputs: Batch, max_new_tokens: int
-) -> list[str]:
+def generate(model: nn.Module, tokenizer: PreTrainedTokenizerBase, inputs: Batch, max_new_tokens: int) -> list[str]:
     """The likeliest continuation of each prompt, token by token; prompts are padded on the left. The cohort is routed
     by the caller."""
     own: Any = getattr(model, "generation_config", None)
-    ends = own.eos_token_id if own is not None else None
-    ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    known: Any = None if own is None else own.eos_token_id
+    ends: set[Any] = {*(known if isinstance(known, list) else [known]), tokenizer.eos_token_id} - {None}
     how = GenerationConfig(
-        do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=pad, eos_token_id=sorted(ends) or None
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=checkpoints.pad_of(tokenizer),
+        eos_token_id=sorted(ends) or None,
     )
     with torch.inference_mode():
         found = model.generate(**inputs, generation_config=how)  # pyright: ignore[reportCallIssue]

@@ -103,13 +103,11 @@ def tokenize(
         return_attention_mask=False,
     )  # fmt: skip
     types = encoded.get("token_type_ids")
-    pad = tokenizer.convert_tokens_to_ids(str(tokenizer.pad_token or tokenizer.eos_token))
-    assert isinstance(pad, int)
     return TextExamples(
         tokens=Ragged.of(encoded["input_ids"]),
         types=None if types is None else Ragged.of(types),
         labels=np.asarray(labels, np.int64),
-        pad=pad,
+        pad=checkpoints.pad_of(tokenizer),
     )
 
 
