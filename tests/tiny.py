@@ -1,6 +1,7 @@
 """What the tests are about: tiny models of many architectures, a tokenizer, a data file, whole federations of them."""
 
 import csv
+import json
 import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -14,6 +15,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from torch import Tensor
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     CLIPConfig,
     CLIPModel,
@@ -84,6 +86,52 @@ def tokenizer(kind: str = "bert") -> PreTrainedTokenizerFast:
         tokenizer_object=core, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]",
         model_max_length=40, model_input_names=inputs,
     )  # fmt: skip
+
+
+CHAT = (
+    "{% for m in messages %}{{ '[' + m['role'] + '] ' + m['content'] + ' [SEP] ' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '[assistant] ' }}{% endif %}"
+)
+"""A chat template: who speaks, what is said, the end."""
+
+
+def save_language_model(folder: Path, kind: str, *, chat: bool = False) -> Path:
+    """A causal language model of this architecture and its tokenizer, which begins texts with [CLS]."""
+    special = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
+    shape = AutoConfig.for_model(kind, vocab_size=len(VOCABULARY), initializer_range=0.3, **special, **SIZES[kind])
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(shape).save_pretrained(folder)
+    words = tokenizer(kind)
+    words.bos_token, words.eos_token = "[CLS]", "[SEP]"
+    words.chat_template = CHAT if chat else None
+    words.save_pretrained(folder)
+    return folder
+
+
+def save_dialogues(path: Path, rows: int = 120, seed: int = 0) -> Path:
+    """JSON lines of prompts that name a topic, responses of words on it, and the topic."""
+    rng = random.Random(seed)
+    lines = []
+    for i in range(rows):
+        topic = LABELS[i % 3]
+        asked = [*rng.choices(COMMON, k=rng.randint(2, 9)), WORDS[topic][i % 6]]
+        said = rng.choices(WORDS[topic], k=rng.randint(2, 4))
+        lines.append(json.dumps({"prompt": " ".join(asked), "response": " ".join(said), "topic": topic}))
+    path.write_text("\n".join(lines))
+    return path
+
+
+def save_tagged(path: Path, rows: int = 120, seed: int = 0) -> Path:
+    """JSON lines of words and what each is about, "none" for those about nothing."""
+    rng = random.Random(seed)
+    topic_of = {word: topic for topic, words in WORDS.items() for word in words}
+    lines = []
+    for _ in range(rows):
+        words = rng.choices([*COMMON, *topic_of], k=rng.randint(3, 12))
+        lines.append(json.dumps({"tokens": words, "tags": [topic_of.get(word, "none") for word in words]}))
+    path.write_text("\n".join(lines))
+    return path
 
 
 def save_model(folder: Path, kind: str) -> Path:
@@ -180,6 +228,24 @@ class Lab:
         path = self.folder / "topics.csv"
         return path if path.exists() else save_data(path)
 
+    def language(self, kind: str = "llama", *, chat: bool = False, **values: Any) -> config.Config:
+        """The config of a federation that learns to answer, or with other data to continue texts."""
+        model, data = self.folder / f"{kind}-lm{'-chat' * chat}", self.folder / "dialogues.jsonl"
+        if not model.exists():
+            save_language_model(model, kind, chat=chat)
+        if not data.exists():
+            save_dialogues(data)
+        speaks = {"task": "causal_lm", "columns": {"label": "topic"}, "targets": "auto", "data": str(data)}
+        return self.config(**(speaks | {"model": str(model)} | values))
+
+    def tagging(self, **values: Any) -> config.Config:
+        """The config of a federation that learns to tag words."""
+        data = self.folder / "tagged.jsonl"
+        if not data.exists():
+            save_tagged(data)
+        tags = {"task": "token_classification", "columns": {}, "partition": "iid", "data": str(data)}
+        return self.config(**(tags | values))
+
     def config(self, kind: str = "bert", **values: Any) -> config.Config:
         """A config as its file would say it; dots reach into tables as with --set."""
         table: dict[str, Any] = {}
@@ -191,10 +257,15 @@ class Lab:
             inner[last] = value
         return config.validated(table)
 
-    def federation(self, store: Path, *, double: bool = False, **values: Any) -> federation.Federation:
-        """A federation with its clients' tensors under `store`; in float64, on the wire too, where `double`."""
+    def federation(
+        self, store: Path, *, double: bool = False, of: str = "config", **values: Any
+    ) -> federation.Federation:
+        """A federation with its clients' tensors under `store`; in float64, on the wire too, where `double`.
+
+        `of` is the method that makes its config: config, language, tagging.
+        """
         values |= {"wire__dtype": "float64"} if double else {}
-        built = federation.build(self.config(**values), ClientStore(store))
+        built = federation.build(getattr(self, of)(**values), ClientStore(store))
         if double:
             built.site.cohort.model.double()
         return built

@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedtri import packing
 from fedtri.errors import FedtriError
+from fedtri.recompute import Recomputation
 from fedtri.routing import Routing
 from fedtri.seeds import generator
 from fedtri.types import Factors, Key, Layer, Layout
@@ -166,11 +167,18 @@ def precision(weight: Tensor) -> torch.dtype:
 
 
 def shape_of(linear: nn.Module) -> tuple[int, int]:
-    """(d_out, d_in) of an nn.Linear or of GPT-2's Conv1D, which keeps its weight transposed."""
+    """(d_out, d_in) of an nn.Linear, however its weight is kept, or of GPT-2's Conv1D, which keeps it transposed."""
+    if isinstance(linear, nn.Linear):
+        return linear.out_features, linear.in_features
     weight = linear.weight
     assert isinstance(weight, Tensor)
-    rows, columns = weight.shape
-    return (columns, rows) if isinstance(linear, Conv1D) else (rows, columns)
+    columns, rows = weight.shape
+    return rows, columns
+
+
+def plain(module: nn.Module) -> bool:
+    """Whether all weights are numbers that one can calculate with, not 8 or 4 bits in a format of their own."""
+    return all(value.is_floating_point() for value in module.parameters())
 
 
 def weight_of(linear: nn.Module) -> Float[Tensor, "d_out d_in"]:
@@ -216,12 +224,19 @@ class Cohort:
         kind: Kind = "lora",
         extra: str = "",
         heads: int = 1,
+        checkpointing: bool = False,
     ) -> None:
         self.model, self.clients, self.rank = model.eval(), clients, rank
         self.kind, self.routing = kind, Routing()
         self._last = head[-1] if head else None
         self._slots: dict[int, Slot] = {}
         layers, head_shapes = [], []
+        self._quantised = [layer for layer in model.modules() if isinstance(layer, nn.Linear) and not plain(layer)]
+        for layer in self._quantised:  # in evaluation mode bitsandbytes repacks weights so that no gradient passes
+            layer.training = True
+        if (kind != "lora" or "P" in extra) and self._quantised:
+            what = "training the backbone itself" if "P" in extra else f"adapter = {kind}"
+            raise FedtriError(f"model_options.quantization: {what} needs plain weights; set it to none")
         model.requires_grad_(False)
         backbone = self._open(model, targets, head) if "P" in extra else ()
         if rank % heads:
@@ -245,6 +260,7 @@ class Cohort:
         beside = "".join(f for f in "SMW" if f in extra or (f == "M" and kind == "dora"))
         self.layout = Layout(tuple(layers), tuple(head_shapes), backbone, beside, heads)
         self.packing = packing.prepare(model, self.routing)
+        self._recomputation = Recomputation(model, self.routing) if checkpointing else None
 
     def _open(
         self, model: nn.Module, targets: Sequence[str], head: Sequence[str]
@@ -347,6 +363,8 @@ class Cohort:
 
     def train_only(self, kinds: frozenset[str]) -> None:
         """Let these factors learn, with gradient buffers of their own, and freeze the others."""
+        if self._recomputation is not None:
+            self._recomputation.learning(bool(kinds))
         for key in self.layout.keys(self.layout.factors - {"W"}):
             parameter = self.stacked(key)
             learns = key.factor in kinds
@@ -382,8 +400,11 @@ class Cohort:
 
     @property
     def together(self) -> bool:
-        """Whether clients are to share passes: a GPU wants large ones, a processor's threads one client each."""
-        return self.device.type != "cpu"
+        """Whether clients are to share passes: a GPU wants large ones, a processor's threads one client each.
+
+        bitsandbytes keeps what a pass needs in its layers, so that two threads must not use one.
+        """
+        return self.device.type != "cpu" or bool(self._quantised)
 
     def route(
         self, slots: Sequence[int] | Int[np.ndarray, "batch"] | Int[Tensor, "batch"], *, pack: bool = False

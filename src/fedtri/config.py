@@ -52,9 +52,14 @@ class Columns(Strict):
 
 
 class ModelOptions(Strict):
-    """[model_options]: the number type of the frozen weights; "auto" is the checkpoint's own. Adapters are float32."""
+    """[model_options]: how the frozen weights are kept, and whether layers are run again instead of remembered.
+
+    "auto" is the checkpoint's own number type. Adapters are float32. 8bit and 4bit need bitsandbytes.
+    """
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    quantization: Literal["none", "8bit", "4bit"] = "none"
+    gradient_checkpointing: bool = False
 
 
 class SplitOptions(Strict):

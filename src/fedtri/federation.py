@@ -137,11 +137,12 @@ def load_cohort(
     Beside the head stand the tensors that start as the model has them: DoRA's magnitudes, a backbone that learns.
     """
     recipe, method = choose_task(config), choose_method(config)
-    loaded = recipe.load(config.model, label_names, models.Weights(config.model_options.dtype))
+    device, how = _device(config.device), config.model_options
+    loaded = recipe.load(config.model, label_names, models.Weights(how.dtype, how.quantization, str(device)))
     model, layers = loaded.model, recipe.head(loaded.model)
     head = models.initial_head(model, layers, loaded.fresh, config.seed)
     cohort = adapter.Cohort(
-        model.to(_device(config.device)),
+        model if how.quantization != "none" else model.to(device),
         targets=[] if "P" in method.extra else models.find_targets(model, config.targets),
         head=layers,
         clients=clients,
@@ -149,6 +150,7 @@ def load_cohort(
         kind=config.adapter,
         extra=method.extra,
         heads=method.heads,
+        checkpointing=how.gradient_checkpointing,
     )
     return cohort, loaded.processor, {**head, **cohort.initial()}
 

@@ -55,6 +55,10 @@ class Weights:
 
     dtype: str = "auto"
     """float32, bfloat16 or float16; auto: as the checkpoint has them."""
+    quantization: str = "none"
+    """8bit or 4bit: the linear layers of the backbone as bitsandbytes keeps them."""
+    device: str = "cpu"
+    """Where quantised weights are made; others are moved by the caller."""
 
 
 def locate(model: str) -> str:

@@ -33,13 +33,19 @@ class Routing(threading.local):
         client by client. Yields, for each sample of the batch, which of these clients is its own.
         """
         assert self.slots is not None, "route the batch before the model sees it"
-        batch = self.slots
-        clients, own = torch.unique(batch, return_inverse=True)
-        self.set(clients.repeat_interleave(copies))
-        try:
+        clients, own = torch.unique(self.slots, return_inverse=True)
+        with self.routed(clients.repeat_interleave(copies)):
             yield own
+
+    @contextmanager
+    def routed(self, slots: Int[Tensor, "batch"]) -> Iterator[None]:
+        """These slots while it lasts, then what was before."""
+        before = self.slots, self.single
+        self.set(slots)
+        try:
+            yield
         finally:
-            self.set(batch)
+            self.slots, self.single = before
 
     def pick(self, stacked: Float[Tensor, "m *shape"]) -> Float[Tensor, "batch *shape"]:
         """Each sample's own slice of a stacked tensor; one broadcast slice when the batch is of one client."""

@@ -1,18 +1,21 @@
 """Models and processors from a folder or a hub name, whole or refused in one line."""
 
+import logging
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any, NoReturn
 
+import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from fedtri.errors import FedtriError
 from fedtri.models import Weights, locate
 
-ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
+ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
 
 
 def load_model(
@@ -37,7 +40,10 @@ def load_model(
     where = locate(model)
     try:
         with quiet():
-            loaded, info = auto.from_pretrained(where, dtype=weights.dtype, output_loading_info=True, **more)
+            quantised = _quantisation(auto, where, weights, head) if weights.quantization != "none" else {}
+            loaded, info = auto.from_pretrained(
+                where, dtype=weights.dtype, output_loading_info=True, **quantised, **more
+            )
     except ERRORS as error:
         _refuse(model, what, error)
     fresh = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
@@ -52,6 +58,29 @@ def load_config(model: str, what: str) -> PretrainedConfig:
             return AutoConfig.from_pretrained(locate(model))
     except ERRORS as error:
         _refuse(model, what, error)
+
+
+def _quantisation(auto: Any, where: str, weights: Weights, head: Callable[[nn.Module], list[str]]) -> dict[str, Any]:
+    """What `from_pretrained` needs to keep the backbone's linear layers in 8 or 4 bits, but not the head's.
+
+    Raises FedtriError where bitsandbytes is missing.
+    """
+    if find_spec("bitsandbytes") is None:
+        raise FedtriError(
+            f"model_options.quantization: {weights.quantization} needs bitsandbytes, which is not installed here; "
+            "run: pip install 'fedtri[quantized]', or set it to none"
+        )
+    # it says at every product that its input is cast
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    with torch.device("meta"):
+        layers = head(auto.from_config(AutoConfig.from_pretrained(where)))
+    config = BitsAndBytesConfig(
+        load_in_8bit=weights.quantization == "8bit",
+        load_in_4bit=weights.quantization == "4bit",
+        bnb_4bit_quant_type="nf4",
+        llm_int8_skip_modules=layers or None,
+    )
+    return {"quantization_config": config, "device_map": {"": weights.device}}
 
 
 def load_processor(auto: Any, model: str, what: str, **more: Any) -> Any:
@@ -78,6 +107,13 @@ def load_tokenizer(model: str, loaded: nn.Module, what: str) -> PreTrainedTokeni
     if shape.pad_token_id is None:
         shape.pad_token_id = tokenizer.pad_token_id
     return tokenizer
+
+
+def pad_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    """What to fill the places behind a text with: the padding token, or the end where there is none."""
+    pad = tokenizer.convert_tokens_to_ids(str(tokenizer.pad_token or tokenizer.eos_token))
+    assert isinstance(pad, int)
+    return pad
 
 
 def _refuse(model: str, what: str, error: Exception) -> NoReturn:

@@ -15,6 +15,7 @@ from fedtri.data.pool import Pool, Source
 from fedtri.models import Weights
 from fedtri.tasks import checkpoints, classes
 from fedtri.tasks.base import Batch, Examples, Loaded, Recipe, Rows, Scores
+from fedtri.tasks.pooling import mean_pooled
 from fedtri.tasks.ragged import Ragged
 
 WHAT = "a text classifier"
@@ -101,13 +102,11 @@ def tokenize(
         return_attention_mask=False,
     )  # fmt: skip
     types = encoded.get("token_type_ids")
-    pad = tokenizer.convert_tokens_to_ids(str(tokenizer.pad_token or tokenizer.eos_token))
-    assert isinstance(pad, int)
     return TextExamples(
         tokens=Ragged.of(encoded["input_ids"]),
         types=None if types is None else Ragged.of(types),
         labels=np.asarray(labels, np.int64),
-        pad=pad,
+        pad=checkpoints.pad_of(tokenizer),
     )
 
 
@@ -138,17 +137,6 @@ class TextClassification:
     ) -> Mapping[int, Mapping[str, float]]:
         """None."""
         return {}
-
-
-def mean_pooled(model: nn.Module, inputs: Batch) -> Float[Tensor, "batch d"]:
-    """The backbone's last hidden states, averaged over real tokens."""
-    backbone = model.base_model
-    assert isinstance(backbone, nn.Module)
-    hidden = backbone(**inputs).last_hidden_state  # (batch, tokens, d)
-    if (mask := inputs.get("attention_mask")) is None:
-        return hidden.mean(1)
-    weight = mask.to(hidden.dtype)[..., None]
-    return (hidden * weight).sum(1) / weight.sum(1)
 
 
 def load(model: str, label_names: Sequence[str], weights: Weights) -> Loaded:
