@@ -19,6 +19,11 @@ from transformers import (
     AutoModelForSequenceClassification,
     CLIPConfig,
     CLIPModel,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
     PreTrainedTokenizerFast,
     ViTConfig,
     ViTForImageClassification,
@@ -198,7 +203,61 @@ def clip(seed: int = 0) -> tuple[Any, ...]:
     return model, cut, texts
 
 
-IMAGE_MODELS: dict[str, Any] = {"vit": vit, "clip": clip}
+def llava(seed: int = 0) -> tuple[Any, ...]:
+    """A tiny LLaVA (CLIP's vision tower, Llama's language model) and its processor: four tokens an image."""
+    words = [
+        "[PAD]",
+        "[UNK]",
+        "<s>",
+        "</s>",
+        "<image>",
+        "which",
+        "colour",
+        "name",
+        "it",
+        "red",
+        "blue",
+        "deep",
+        "light",
+    ]
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 2)])
+    texts = PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="[PAD]", unk_token="[UNK]", bos_token="<s>", eos_token="</s>",
+        additional_special_tokens=["<image>"], model_max_length=40,
+    )  # fmt: skip
+    special = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3, "initializer_range": 0.2}
+    shape = LlavaConfig(
+        vision_config=CLIPVisionConfig(**PATCHES, initializer_range=0.2, initializer_factor=5.0),
+        text_config=LlamaConfig(**_DECODER, **special, vocab_size=len(words)), image_token_id=4,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = LlavaForConditionalGeneration(shape).eval()
+    cut = CLIPImageProcessorPil(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
+    processor = LlavaProcessor(
+        cut, texts, patch_size=4, vision_feature_select_strategy="default", num_additional_image_tokens=1
+    )
+    return model, processor
+
+
+IMAGE_MODELS: dict[str, Any] = {"vit": vit, "clip": clip, "llava": llava}
+
+
+def save_questions(folder: Path, count: int = 30) -> Path:
+    """A table of red and blue images, a question about each, and its answer."""
+    save_images(folder / "pictures", count)
+    path = folder / "questions.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["image", "question", "answer", "tint"])
+        for i in range(2 * count):
+            colour = ("red", "blue")[i % 2]
+            tone = ("deep", "light")[i // 2 % 2]
+            asked = ("which colour", "name it", "which colour name")[i % 3]
+            writer.writerow([f"pictures/{colour}/{i // 2}.png", asked, f"{tone} {colour}", colour])
+    return path
 
 
 def save_images(folder: Path, count: int = 12, seed: int = 0) -> Path:
@@ -222,6 +281,11 @@ class Lab:
     def model(self, kind: str = "bert") -> Path:
         path = self.folder / kind
         return path if path.exists() else save_model(path, kind)
+
+    @property
+    def questions(self) -> Path:
+        path = self.folder / "seen"
+        return path / "questions.csv" if path.exists() else save_questions(path)
 
     @property
     def data(self) -> Path:

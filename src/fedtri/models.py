@@ -42,6 +42,7 @@ ATTENTION = {
     "dinov2": ("query", "value", "q_proj", "v_proj"),
     "swin": ("query", "value", "q_proj", "v_proj"),
     "siglip": ("q_proj", "v_proj"),
+    "llava": ("q_proj", "v_proj"),
 }
 """Query and value of the attention, by `config.model_type`: what "auto" adapts (fused q·k·v where they are one).
 
