@@ -115,7 +115,7 @@ def test_padding_changes_no_loss(side, lab, tmp_path):
     batch = site.examples.batch(rows)
     assert not batch["attention_mask"].bool().all()
     with torch.no_grad():
-        scores = site.task.scores(site.cohort.model, batch)
+        scores = site.task.scores(site.cohort, batch)
         for row, loss, hits in zip(rows, scores.loss, scores.correct, strict=True):
             alone = site.examples.batch(np.array([row]))
             site.cohort.route([0])

@@ -10,16 +10,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from PIL import Image
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    CLIPConfig,
+    CLIPModel,
     PreTrainedTokenizerFast,
+    ViTConfig,
+    ViTForImageClassification,
 )
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from fedtri import adapter, config, engine, federation
+from fedtri import adapter, config, engine, federation, train
 from fedtri.methods import METHODS
 from fedtri.store import ClientStore
 from fedtri.types import Factors, Key
@@ -129,8 +136,8 @@ def save_tagged(path: Path, rows: int = 120, seed: int = 0) -> Path:
 
 def save_model(folder: Path, kind: str) -> Path:
     """A folder as a user would point `model` at."""
-    classifier(kind).save_pretrained(folder)
-    tokenizer(kind).save_pretrained(folder)
+    for part in IMAGE_MODELS[kind]() if kind in IMAGE_MODELS else (classifier(kind), tokenizer(kind)):
+        part.save_pretrained(folder)
     return folder
 
 
@@ -145,6 +152,65 @@ def save_data(path: Path, rows: int = 120, seed: int = 0) -> Path:
             words = [rng.choice(WORDS[label] if rng.random() < 0.4 else COMMON) for _ in range(rng.randint(3, 12))]
             writer.writerow([" ".join([rng.choice(WORDS[label]), *words]), label])
     return path
+
+
+# Models that see images: 8 x 8 pixels, patches of 4.
+
+PATCHES = {**{k: _ENCODER[k] for k in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")},
+           "image_size": 8, "patch_size": 4}  # fmt: skip
+DIGITS: dict[str, Any] = {
+    "data": "digits", "columns": {}, "data_options__limit": 160, "targets": "auto", "steps": 4, "learning_rate": 1e-2,
+}  # fmt: skip
+"""What a lab's config needs for the embedded images."""
+
+
+def vit(labels: int = 10, seed: int = 0) -> tuple[Any, ...]:
+    """A tiny ViT and its processor."""
+    shape = ViTConfig(**PATCHES, num_labels=labels, initializer_range=0.1)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return ViTForImageClassification(shape).eval(), ViTImageProcessorPil(size={"height": 8, "width": 8})
+
+
+def clip(seed: int = 0) -> tuple[Any, ...]:
+    """A tiny CLIP, its image processor and a tokenizer: one word or digit, one token; the first is the padding."""
+    words = ["[PAD]", "[UNK]", "<start>", "<end>", *"0123456789", "a", "photo", "of", "the", "digit", "red", "blue"]
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    core.normalizer = normalizers.Lowercase()
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    core.post_processor = processors.TemplateProcessing(
+        single="<start> $A <end>", special_tokens=[("<start>", 2), ("<end>", 3)]
+    )
+    texts = PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="[PAD]", unk_token="[UNK]", bos_token="<start>", eos_token="<end>",
+        model_max_length=12,
+    )  # fmt: skip
+    text = {**_ENCODER, "vocab_size": len(words), "max_position_embeddings": 12}
+    text |= {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3, "initializer_range": 0.2}
+    shape = CLIPConfig(
+        text_config=text, vision_config={**PATCHES, "initializer_range": 0.2}, projection_dim=12,
+        initializer_factor=5.0,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = CLIPModel(shape).eval()
+    cut = CLIPImageProcessorPil(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
+    return model, cut, texts
+
+
+IMAGE_MODELS: dict[str, Any] = {"vit": vit, "clip": clip}
+
+
+def save_images(folder: Path, count: int = 12, seed: int = 0) -> Path:
+    """An image folder in the layout of `datasets`: red and blue noise, PNG files, one folder a class."""
+    rng = np.random.default_rng(seed)
+    for channel, name in ((0, "red"), (2, "blue")):
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            pixels = rng.integers(0, 90, (10 + i % 3, 12, 3), dtype=np.uint8)
+            pixels[..., channel] += 150
+            Image.fromarray(pixels).save(folder / name / f"{i}.png")
+    return folder
 
 
 @dataclass(frozen=True)
@@ -236,6 +302,16 @@ def clients_tensors(built: federation.Federation) -> dict[str, Factors]:
     """What each client holds on its own disk."""
     site = built.site
     return {c: site.store.load(c) or site.initial(c) for c in built.transport.clients()}
+
+
+def training_loss(built: federation.Federation) -> float:
+    """The clients' mean loss on their own training examples, with what each holds now."""
+    site, losses = built.site, []
+    for client, factors in clients_tensors(built).items():
+        site.put(0, client, factors)
+        found = train.evaluate(site.cohort, site.task, site.examples, {0: site.splits[client].train})
+        losses.append(found[0]["loss"])
+    return sum(losses) / len(losses)
 
 
 def effective(factors: Mapping[Key, Tensor], layer: str, scale: float = 1.0) -> Tensor:

@@ -89,6 +89,28 @@ def run(
 
 
 @app.command()
+def start(
+    config: Annotated[
+        Path | None, typer.Argument(metavar="[CONFIG.toml]", help="Without one: the demo's settings.")
+    ] = None,
+    settings: Settings = [],  # noqa: B006
+) -> None:
+    """Score what every client starts from on its own test examples, before any training."""
+    from fedtri import config as configuration
+
+    loaded = configuration.load(config or DEMO, settings)
+    _prepare()
+    from fedtri import runs
+
+    found = runs.starting(loaded)
+    table = Table("metric", "mean", "lowest", "highest")
+    for name in sorted({name for scores in found.values() for name in scores}):
+        values = [scores[name] for scores in found.values() if name in scores]
+        table.add_row(name, *(f"{value:.4f}" for value in (sum(values) / len(values), min(values), max(values))))
+    console.print(table)
+
+
+@app.command()
 def resume(folder: Folder, track: Track = None) -> None:
     """Go on with a run that was interrupted; ends as if it had never been."""
     from fedtri import config as configuration

@@ -132,6 +132,7 @@ class Config(Strict):
     lora_alpha: Annotated[float, Field(gt=0)] = 16.0
     targets: str | Annotated[list[str], Field(min_length=1)] = "auto"
     head: Literal["default", "personal", "shared"] = "default"
+    labels: Literal["shared", "own"] = "shared"
     seed: Annotated[int, Field(ge=0)] = 0
     device: str = "auto"
     evaluate: bool = True

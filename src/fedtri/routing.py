@@ -28,6 +28,16 @@ class Routing(threading.local):
         self.single = first if bool((slots == first).all()) else None
 
     @contextmanager
+    def once_a_client(self, copies: int) -> Iterator[Int[Tensor, "batch"]]:
+        """For what each client of a batch computes once: inside, a pass holds `copies` samples of every such client,
+        client by client. Yields, for each sample of the batch, which of these clients is its own.
+        """
+        assert self.slots is not None, "route the batch before the model sees it"
+        clients, own = torch.unique(self.slots, return_inverse=True)
+        with self.routed(clients.repeat_interleave(copies)):
+            yield own
+
+    @contextmanager
     def routed(self, slots: Int[Tensor, "batch"]) -> Iterator[None]:
         """These slots while it lasts, then what was before."""
         before = self.slots, self.single

@@ -213,21 +213,12 @@ def _passes(
 ) -> Iterator[tuple[Rows, Scores]]:
     for chosen in micro_batches(examples.lengths[rows], token_budget, packed=cohort.packing is not None):
         cohort.route(owners[chosen], pack=True)
-        yield chosen, task.scores(cohort.model, _to_device(examples.batch(rows[chosen]), cohort))
+        yield chosen, task.scores(cohort, _to_device(examples.batch(rows[chosen]), cohort))
 
 
 def _to_device(batch: Mapping[str, Tensor], cohort: Cohort) -> dict[str, Tensor]:
     device = next(cohort.model.parameters()).device
     return {name: value.to(device) for name, value in batch.items()}
-
-
-def _anchor(view: Tensor, value: Tensor | None) -> Tensor:
-    """A copy of the view, or of this value zero-padded to its shape."""
-    if value is None:
-        return view.detach().clone()
-    anchor = torch.zeros_like(view)
-    anchor[tuple(slice(n) for n in value.shape)] = value.to(view)
-    return anchor
 
 
 class _Learner:
@@ -238,7 +229,10 @@ class _Learner:
         views = cohort.slices(work.slot, kinds)
         self.views = list(views.values())
         anchor = work.anchor or {}
-        self.anchor = [_anchor(view, anchor.get(key)) for key, view in views.items()] if how.proximal else []
+        self.anchor = [
+            view.detach().clone() if key not in anchor else cohort.expanded(work.slot, key, anchor[key].to(view))
+            for key, view in views.items()
+        ] if how.proximal else []  # fmt: skip
         self.optimizer = torch.optim.AdamW(
             self.views, lr=how.learning_rate, betas=how.betas, weight_decay=how.weight_decay, fused=True
         )

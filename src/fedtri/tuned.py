@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from fedtri import checkpoint, harness, rundir, serving
@@ -26,6 +27,13 @@ class Tuned:
     config: Config
     labels: tuple[str, ...]
     factors: Factors
+    own: tuple[str, ...] | None = None
+    """The classes of the client's own head; None: all labels."""
+
+    @property
+    def classes(self) -> np.ndarray | None:
+        """The ids of the client's own classes."""
+        return None if self.own is None else np.array([self.labels.index(name) for name in self.own])
 
 
 @dataclass(frozen=True)
@@ -50,7 +58,8 @@ def open_client(folder: Path, client: str) -> Tuned:
         )
     factors = ClientStore(folder / "clients", found.clients).load(client)
     assert factors is not None
-    return Tuned(config, tuple(rundir.read_labels(folder)), factors)
+    own = rundir.read_own_labels(folder, client)
+    return Tuned(config, tuple(rundir.read_labels(folder)), factors, None if own is None else tuple(own))
 
 
 def export(folder: Path, client: str, to: Path, *, merge: bool = False, engine: str | None = None) -> str | None:
@@ -70,12 +79,13 @@ def export(folder: Path, client: str, to: Path, *, merge: bool = False, engine: 
     recipe = choose_task(tuned.config)
     if not merge:
         peft_format.write_peft(
-            to, tuned.factors, cohort, alpha=alpha, base_model=locate(tuned.config.model), task_type=recipe.peft_type
-        )
+            to, tuned.factors, cohort, alpha=alpha, base_model=locate(tuned.config.model), task_type=recipe.peft_type,
+            labels=tuned.own,
+        )  # fmt: skip
         return _served(to) if engine else None
     if engine and recipe.peft_type != "CAUSAL_LM":
         raise FedtriError(f"--for vllm: vLLM serves causal language models, this is {recipe.name}; leave --for out")
-    plain = recipe.load(tuned.config.model, tuned.labels, Weights(tuned.config.model_options.dtype))
+    plain = recipe.load(tuned.config.model, tuned.own or tuned.labels, Weights(tuned.config.model_options.dtype))
     merged = peft_format.merge(plain.model, tuned.factors, cohort.layout, alpha / rank, tuned.config.adapter)
     part = to.with_name(f".{to.name}.part")
     part.mkdir(parents=True, exist_ok=True)
@@ -140,10 +150,11 @@ def predict(folder: Path, client: str, inputs: Sequence[str]) -> list[Answer]:
         raise FedtriError(f"{folder}: task {recipe.name} has no answers to show; use fedtri export")
     rank = rank_of(tuned.factors)
     cohort, processor, head = load_cohort(config, tuned.labels, 1)
-    untuned = start(config, cohort, head, choose_method(config).basis, rank)
+    first = start(config, cohort, head, choose_method(config).basis, rank)
+    untuned = cohort.of_classes(first, tuned.classes)
     said = []
     for factors in (tuned.factors, untuned):
-        cohort.write(0, factors, rank, config.lora_alpha)
+        cohort.write(0, factors, rank, config.lora_alpha, tuned.classes)
         said.append(recipe.answers(cohort, processor, tuned.labels, inputs, config.max_length))
     return [Answer(t, *pair) for t, *pair in zip(inputs, *said, strict=True)]
 

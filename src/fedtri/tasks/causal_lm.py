@@ -224,9 +224,9 @@ class CausalLM:
     generations: int
     max_new_tokens: int
 
-    def scores(self, model: nn.Module, batch: Batch) -> Scores:
+    def scores(self, cohort: Cohort, batch: Batch) -> Scores:
         """Loss and hits of each sample, summed over its response's tokens."""
-        return response_scores(model, {k: v for k, v in batch.items() if k != "labels"}, batch["labels"])
+        return response_scores(cohort.model, {k: v for k, v in batch.items() if k != "labels"}, batch["labels"])
 
     def feature_size(self, model: nn.Module) -> int:
         """The backbone's hidden size."""

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from fedtri.errors import FedtriError
@@ -51,6 +51,15 @@ def load_model(
     return loaded, frozenset(fresh)
 
 
+def load_config(model: str, what: str) -> PretrainedConfig:
+    """The checkpoint's configuration. Raises FedtriError where there is none."""
+    try:
+        with quiet():
+            return AutoConfig.from_pretrained(locate(model))
+    except ERRORS as error:
+        _refuse(model, what, error)
+
+
 def _quantisation(auto: Any, where: str, weights: Weights, head: Callable[[nn.Module], list[str]]) -> dict[str, Any]:
     """What `from_pretrained` needs to keep the backbone's linear layers in 8 or 4 bits, but not the head's.
 
@@ -74,11 +83,11 @@ def _quantisation(auto: Any, where: str, weights: Weights, head: Callable[[nn.Mo
     return {"quantization_config": config, "device_map": {"": weights.device}}
 
 
-def load_processor(auto: Any, model: str, what: str) -> Any:
+def load_processor(auto: Any, model: str, what: str, **more: Any) -> Any:
     """The tokenizer or processor beside the weights. Raises FedtriError where there is none."""
     try:
         with quiet():
-            return auto.from_pretrained(locate(model))
+            return auto.from_pretrained(locate(model), **more)
     except ERRORS as error:
         _refuse(model, what, error)
 
@@ -89,7 +98,8 @@ def load_tokenizer(model: str, loaded: nn.Module, what: str) -> PreTrainedTokeni
     # transformers invents an empty vocabulary where there is none; a run must not
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise FedtriError(f"model: {model} has no vocabulary, expected a tokenizer beside the weights; save one there")
-    shape: Any = loaded.config
+    config: Any = loaded.config
+    shape = config.get_text_config()
     if tokenizer.model_max_length > 1e6:  # it says none: then the model's positions, of which some reserve two
         tokenizer.model_max_length = getattr(shape, "max_position_embeddings", 10**6) - 2
     if shape.pad_token_id is None and tokenizer.pad_token_id is None:
@@ -110,7 +120,7 @@ def _refuse(model: str, what: str, error: Exception) -> NoReturn:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
     raise FedtriError(
         f"model: {model} cannot be loaded as {what}: {reason}; expected a folder or hub name with "
-        "config.json, weights and tokenizer"
+        "config.json, weights and tokenizer (or image processor)"
     ) from None
 
 

@@ -7,14 +7,13 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from transformers import AutoModel, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedTokenizerBase
 
 from fedtri.adapter import Cohort
 from fedtri.data import pool as pools
 from fedtri.data.pool import Pool, Source
-from fedtri.models import Weights, head_layers
-from fedtri.tasks import checkpoints
+from fedtri.models import Weights
+from fedtri.tasks import checkpoints, classes
 from fedtri.tasks.base import Batch, Examples, Loaded, Recipe, Rows, Scores
 from fedtri.tasks.pooling import mean_pooled
 from fedtri.tasks.ragged import Ragged
@@ -121,11 +120,9 @@ class TextClassification:
         """The head's scores for each class."""
         return model(**{k: v for k, v in batch.items() if k != "labels"}).logits
 
-    def scores(self, model: nn.Module, batch: Batch) -> Scores:
+    def scores(self, cohort: Cohort, batch: Batch) -> Scores:
         """Cross-entropy and whether the largest score is the label's, of each sample."""
-        logits, labels = self.logits(model, batch), batch["labels"]
-        loss = cross_entropy(logits, labels, reduction="none")
-        return Scores(loss, (logits.detach().argmax(-1) == labels).to(loss.dtype))
+        return classes.classified(self.logits(cohort.model, batch), batch["labels"])
 
     def feature_size(self, model: nn.Module) -> int:
         """The backbone's hidden size."""
@@ -144,11 +141,7 @@ class TextClassification:
 
 def load(model: str, label_names: Sequence[str], weights: Weights) -> Loaded:
     """A sequence classifier of these classes and its tokenizer. Raises FedtriError in one line where it is none."""
-    names = dict(enumerate(label_names))
-    loaded, fresh = checkpoints.load_model(
-        AutoModelForSequenceClassification, model, WHAT, weights, head_layers, num_labels=len(names), id2label=names,
-        label2id={v: k for k, v in names.items()}, ignore_mismatched_sizes=True,
-    )  # fmt: skip
+    loaded, fresh = classes.load_classifier(AutoModelForSequenceClassification, model, WHAT, weights, label_names)
     return Loaded(loaded, checkpoints.load_tokenizer(model, loaded, WHAT), fresh)
 
 
@@ -168,5 +161,4 @@ def answers(
     batch = {name: value.to(device) for name, value in found.batch(np.arange(len(inputs))).items()}
     cohort.route([0] * len(inputs))
     with torch.inference_mode():
-        probabilities = TextClassification(len(label_names)).logits(cohort.model, batch).softmax(-1).cpu()
-    return [f"{label_names[int(row.argmax())]} {float(row.max()):.2f}" for row in probabilities]
+        return classes.likeliest(TextClassification(len(label_names)).logits(cohort.model, batch), label_names)

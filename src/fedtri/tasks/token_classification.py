@@ -130,9 +130,9 @@ class TokenClassification:
     classes: int = 1
     """Those of sketches, which know no tags: one mixture over all texts."""
 
-    def scores(self, model: nn.Module, batch: Batch) -> Scores:
+    def scores(self, cohort: Cohort, batch: Batch) -> Scores:
         """Loss and hits of each text, summed over its words."""
-        logits, labels = model(**_inputs(batch)).logits, batch["labels"]
+        logits, labels = cohort.model(**_inputs(batch)).logits, batch["labels"]
         loss = cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORED)
         hits = logits.detach().argmax(-1) == labels  # never true where ignored
         return Scores(loss.view_as(labels).sum(1), hits.sum(1).to(loss.dtype))
