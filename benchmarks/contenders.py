@@ -64,10 +64,12 @@ def prepare(work: Work) -> list[int]:
     built = build(config_of(work), ClientStore(Path(work.folder) / "prepared"))
     site, clients = built.site, built.transport.clients()
     examples: Any = site.examples
-    rounds = [
-        [list(minibatches(Share(0, site.splits[c].train, derive(site.seed, "batches", r, c)), site.optimization)) for c in clients]
-        for r in range(ROUNDS)
-    ]  # fmt: skip
+
+    def batches(client: str, round: int) -> list[np.ndarray]:
+        share = Share(0, site.splits[client].train, derive(site.seed, "batches", round, client))
+        return list(minibatches(share, site.optimization))
+
+    rounds = [[batches(client, round) for client in clients] for round in range(ROUNDS)]
     used = np.unique(np.concatenate([rows for clients_ in rounds for steps in clients_ for rows in steps]))
     place = {int(row): index for index, row in enumerate(used)}
     tokens = [examples.tokens.values[examples.tokens.offsets[row] : examples.tokens.offsets[row + 1]] for row in used]

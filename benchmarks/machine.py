@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -31,19 +31,22 @@ def versions(*names: str) -> str:
     return ", ".join(found)
 
 
-def matrix_rate(hidden: int, inner: int, *, tokens: int = 512, threads: int = 2, seconds: float = 1.0) -> float:
+def matrix_rate(
+    hidden: int, inner: int, *, tokens: int = 512, threads: int = 2, seconds: float = 1.0
+) -> tuple[float, float]:
     """FLOP/s of float32 products at a transformer layer's shapes, as its linear layers share them out.
 
     Four products hidden × hidden, one up to `inner` and one back. Tried both as one product on all threads and as one
-    product a thread side by side; the better is the machine's.
+    product a thread side by side; the better is the machine's. The second number counts the seconds in which a core
+    worked for us, whoever else had the machine meanwhile.
     """
     import torch
 
     shapes = [(hidden, hidden)] * 4 + [(hidden, inner), (inner, hidden)]
     flop = sum(2 * tokens * d_in * d_out for d_in, d_out in shapes)
+    pairs = [(torch.randn(tokens, d_in), torch.randn(d_out, d_in)) for d_in, d_out in shapes]
 
     def work(until: float) -> int:
-        pairs = [(torch.randn(tokens, d_in), torch.randn(d_out, d_in)) for d_in, d_out in shapes]
         out = [torch.empty(tokens, d_out) for _, d_out in shapes]
         layers = 0
         while time.perf_counter() < until:
@@ -52,18 +55,26 @@ def matrix_rate(hidden: int, inner: int, *, tokens: int = 512, threads: int = 2,
             layers += 1
         return layers
 
-    def together() -> float:
-        torch.set_num_threads(threads)
-        start = time.perf_counter()
-        return work(start + seconds / 2) * flop / (time.perf_counter() - start)
+    torch.set_num_threads(threads)
+    start = time.perf_counter()
+    together = work(start + seconds / 2) * flop / (time.perf_counter() - start)
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        start, worked = time.perf_counter(), time.process_time()
+        done = sum(pool.map(work, [start + seconds / 2] * threads)) * flop
+        apart = done / (time.perf_counter() - start)
+        working = done / (time.process_time() - worked) * threads
+    return max(together, apart), working
 
-    def side_by_side() -> float:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            start = time.perf_counter()
-            layers = sum(pool.map(work, [start + seconds / 2] * threads))
-            return layers * flop / (time.perf_counter() - start)
 
-    return max(together(), side_by_side())
+def cpu_seconds(pid: int) -> float:
+    """Seconds that cores have worked for a process and its children so far."""
+    root = psutil.Process(pid)
+    total = 0.0
+    for process in [root, *root.children(recursive=True)]:
+        with suppress(psutil.Error):  # it ended meanwhile
+            times = process.cpu_times()
+            total += times.user + times.system
+    return total
 
 
 def memory(pid: int) -> int:

@@ -38,6 +38,8 @@ class _Pending:
     real: Bool[Tensor, "batch tokens"]
     places: Int[Tensor, "real_tokens"]
     slots: Int[Tensor, "batch"]
+    firsts: Int[Tensor, "batch"]
+    """Where, in all rows end to end, each text begins."""
 
 
 class Packing:
@@ -67,7 +69,8 @@ class Packing:
         real = mask.bool()
         slots = self.routing.slots
         assert slots is not None
-        rows = _lay_out(real.sum(1).tolist(), slots.tolist(), module.config.hidden_size)  # pyright: ignore
+        lengths = real.sum(1)
+        rows = _lay_out(lengths.tolist(), slots.tolist(), module.config.hidden_size)  # pyright: ignore
         if rows is None:
             return None
         rows = _Rows(*(value.to(ids.device) for value in vars(rows).values()))
@@ -82,7 +85,7 @@ class Packing:
         places = torch.empty(int(real.sum()), dtype=torch.long, device=ids.device)
         places[rows.source[~empty]] = torch.nonzero(~empty.flatten())[:, 0]
         self.routing.set(rows.owners)
-        self.routing.pending = _Pending(real, places, slots)
+        self.routing.pending = _Pending(real, places, slots, places[lengths.cumsum(0) - lengths])
         return (), given
 
     def _mask(self, rows: _Rows, dtype: torch.dtype) -> Tensor:
@@ -97,6 +100,8 @@ class Packing:
         if pending is None:
             return None
         self.routing.set(pending.slots)
+        if self.routing.first_only:  # trim.py has taken them out of their rows
+            return None
         packed = output if isinstance(output, Tensor) else output[0]
         flat = packed.flatten(0, 1).index_select(0, pending.places)
         padded = flat.new_zeros(pending.real.numel(), flat.shape[-1])
@@ -112,12 +117,12 @@ class Packing:
 
 def prepare(model: nn.Module, routing: Routing) -> Packing | None:
     """Packing for this model, or None where a trial on two short texts says that it does not work here."""
-    backbone = getattr(model, getattr(model, "base_model_prefix", "") or " ", None)
-    if not isinstance(backbone, nn.Module) or not {"input_ids", "attention_mask", "position_ids"} <= set(
+    backbone = backbone_of(model)
+    if backbone is None or not {"input_ids", "attention_mask", "position_ids"} <= set(
         inspect.signature(backbone.forward).parameters
     ):
         return None
-    owner = _owner_of_layers(backbone)
+    owner = owner_of_layers(backbone)
     if owner is None or next(backbone.parameters()).is_meta:
         return None
     packing = Packing(backbone, owner, routing)
@@ -149,7 +154,13 @@ def _agrees(backbone: nn.Module, routing: Routing) -> bool:
     return bool((found[0] - found[1]).norm() <= tolerance * found[0].norm())
 
 
-def _owner_of_layers(backbone: nn.Module) -> nn.Module | None:
+def backbone_of(model: nn.Module) -> nn.Module | None:
+    """The pretrained model beneath the head, where there is one."""
+    backbone = getattr(model, getattr(model, "base_model_prefix", "") or " ", None)
+    return backbone if isinstance(backbone, nn.Module) else None
+
+
+def owner_of_layers(backbone: nn.Module) -> nn.Module | None:
     """The module that holds the backbone's only list of layers."""
     owners = [
         module for module in backbone.modules() if any(isinstance(child, nn.ModuleList) for child in module.children())

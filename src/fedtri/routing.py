@@ -19,6 +19,8 @@ class Routing(threading.local):
         """Whether the next batch may be packed."""
         self.pending: Any = None
         """What packing has to undo."""
+        self.first_only = False
+        """Whether the pass that runs needs each text's first token only from the last layer."""
 
     def set(self, slots: Int[Tensor, "batch"]) -> None:
         """Route sample i of the next batches to the factors in slot slots[i]."""
