@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from fedtri import packing, trim
+from fedtri import packing, prefix, trim
 from fedtri.errors import FedtriError
 from fedtri.routing import Routing
 from fedtri.seeds import generator
@@ -239,6 +239,7 @@ class Cohort:
         self.layout = Layout(tuple(layers), tuple(head_shapes), backbone, beside, heads)
         self.packing = packing.prepare(model, self.routing)
         self.trim = trim.prepare(model, self.routing)
+        self.prefix = prefix.prepare(model, targets, self.routing)
 
     def _open(
         self, model: nn.Module, targets: Sequence[str], head: Sequence[str]
@@ -346,11 +347,18 @@ class Cohort:
         return self.device.type != "cpu"
 
     def route(
-        self, slots: Sequence[int] | Int[np.ndarray, "batch"] | Int[Tensor, "batch"], *, pack: bool = False
+        self,
+        slots: Sequence[int] | Int[np.ndarray, "batch"] | Int[Tensor, "batch"],
+        *,
+        pack: bool = False,
+        examples: Int[np.ndarray, "batch"] | None = None,
     ) -> None:
-        """Say which slot each sample of the next batch belongs to, and whether the batch may be packed."""
+        """Say which slot each sample of the next batch belongs to, whether the batch may be packed, and, where the pass
+        may begin with states that `prefix` keeps, which examples it holds.
+        """
+        kept = examples if examples is not None and self.prefix is not None and self.prefix.ready(examples) else None
         self.routing.set(torch.as_tensor(slots, dtype=torch.long, device=self.device))
-        self.routing.packing = pack
+        self.routing.packing, self.routing.examples = pack, kept
 
 
 def _view(stack: nn.Parameter, slot: int) -> nn.Parameter:

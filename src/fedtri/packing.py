@@ -139,25 +139,47 @@ def prepare(model: nn.Module, routing: Routing) -> Packing | None:
 def _agrees(backbone: nn.Module, routing: Routing) -> bool:
     """Whether three short texts come out of packed rows as out of padded ones."""
     device = next(backbone.parameters()).device
-    ids = torch.tensor([[5, 6, 7, 8, 9], [7, 5, 1, 1, 1], [6, 6, 8, 1, 1]], device=device)
-    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0]], device=device)
+    ids, mask = short_texts(device)
     routing.set(torch.zeros(3, dtype=torch.long, device=device))
     found = []
     try:
         for routing.packing in (False, True):
-            found.append(backbone(input_ids=ids, attention_mask=mask)[0][mask.bool()].float())
+            found.append(backbone(input_ids=ids, attention_mask=mask)[0][mask.bool()])
     except (TypeError, ValueError, RuntimeError, IndexError):  # whatever a model says to rows it does not expect
         return False
     finally:
         routing.packing, routing.pending = False, None
-    tolerance = 0.05 if next(backbone.parameters()).dtype in (torch.bfloat16, torch.float16) else 1e-4
-    return bool((found[0] - found[1]).norm() <= tolerance * found[0].norm())
+    return agree(found[1], found[0])
 
 
 def backbone_of(model: nn.Module) -> nn.Module | None:
     """The pretrained model beneath the head, where there is one."""
     backbone = getattr(model, getattr(model, "base_model_prefix", "") or " ", None)
     return backbone if isinstance(backbone, nn.Module) else None
+
+
+def layer_list(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
+    """The only list of layers in the model's backbone and its name, where there is one."""
+    backbone = backbone_of(model)
+    owner = None if backbone is None else owner_of_layers(backbone)
+    if owner is None:
+        return None
+    layers = next(child for child in owner.children() if isinstance(child, nn.ModuleList))
+    return next(name for name, module in model.named_modules() if module is layers), layers
+
+
+def short_texts(device: torch.device) -> tuple[Int[Tensor, "3 5"], Int[Tensor, "3 5"]]:
+    """Token ids and mask of three texts to try a model on."""
+    ids = torch.tensor([[5, 6, 7, 8, 9], [7, 5, 1, 1, 1], [6, 6, 8, 1, 1]], device=device)
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0]], device=device)
+    return ids, mask
+
+
+def agree(found: Tensor, plain: Tensor) -> bool:
+    """Whether what a trial gave is what the model gave before, but for rounding."""
+    tolerance = 0.05 if plain.dtype in (torch.bfloat16, torch.float16) else 1e-4
+    difference = (found.float() - plain.float()).norm()
+    return found.shape == plain.shape and bool(difference <= tolerance * plain.float().norm())
 
 
 def owner_of_layers(backbone: nn.Module) -> nn.Module | None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedtri.packing import backbone_of, owner_of_layers
+from fedtri.packing import agree, layer_list, short_texts
 from fedtri.routing import Routing
 
 
@@ -64,11 +64,10 @@ class Trim:
 
 def prepare(model: nn.Module, routing: Routing) -> Trim | None:
     """Trimming for this model, or None where its head reads more than first tokens or no module will do."""
-    backbone = backbone_of(model)
-    owner = None if backbone is None else owner_of_layers(backbone)
-    if owner is None or next(model.parameters()).is_meta:
+    layers = layer_list(model)
+    if layers is None or next(model.parameters()).is_meta:
         return None
-    last = next(child for child in owner.children() if isinstance(child, nn.ModuleList))[-1]
+    last = layers[1][-1]
     plain = _logits(model, routing, ours=False)
     if plain is None or not _reads_first(model, last, routing, plain):
         return None
@@ -86,8 +85,7 @@ def prepare(model: nn.Module, routing: Routing) -> Trim | None:
 def _logits(model: nn.Module, routing: Routing, *, ours: bool) -> Tensor | None:
     """What the head says to six short texts, padded ones first; None where the model will not have it."""
     device = next(model.parameters()).device
-    ids = torch.tensor([[5, 6, 7, 8, 9], [7, 5, 1, 1, 1], [6, 6, 8, 1, 1]], device=device)
-    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0]], device=device)
+    ids, mask = short_texts(device)
     routing.set(torch.zeros(3, dtype=torch.long, device=device))
     try:
         routing.packing = ours
@@ -128,5 +126,4 @@ def _called(model: nn.Module, layer: nn.Module, routing: Routing) -> list[nn.Mod
 
 
 def _same(found: Tensor | None, plain: Tensor) -> bool:
-    tolerance = 0.05 if plain.dtype in (torch.bfloat16, torch.float16) else 1e-4
-    return found is not None and found.shape == plain.shape and bool((found - plain).norm() <= tolerance * plain.norm())
+    return found is not None and agree(found, plain)
