@@ -93,7 +93,7 @@ def test_a_model_whose_results_differ_goes_on_without():
     first, second = model.bert.encoder.layer
     first.attention.register_forward_hook(lambda module, args, out: seen.update(last=out[0].abs().sum()))
     second.register_forward_hook(lambda module, args, out: out + seen["last"])
-    second.register_forward_hook(lambda *_: seen.update(last=torch.zeros(())))
+    model.bert.register_forward_pre_hook(lambda *_: seen.update(last=torch.zeros(())))
     targets = ["bert.encoder.layer.1.attention.self.query"]
     assert prefix.prepare(model, targets, Routing()) is None
     assert "forward" not in vars(first)
