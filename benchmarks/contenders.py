@@ -30,6 +30,8 @@ class Work:
     max_length: int = 128
     learning_rate: float = 1e-3
     layers: str = "all"
+    limit: int | None = None
+    """How many texts of the data take part; None: all."""
     threads: int = 2
 
     @property
@@ -46,7 +48,8 @@ def config_of(work: Work, **more: Any) -> Any:
         "model": work.model, "data": work.data, "method": "fedit", "head": "shared", "clients": work.clients,
         "partition": "iid", "steps": work.steps, "batch_size": work.batch_size, "rank": work.rank,
         "lora_alpha": work.alpha, "max_length": work.max_length, "learning_rate": work.learning_rate,
-        "rounds": 10**6, "evaluate": False, "device": "cpu", "seed": 0, **more,
+        "rounds": 10**6, "evaluate": False, "device": "cpu", "seed": 0, "layers": work.layers,
+        "data_options": {} if work.limit is None else {"limit": work.limit}, **more,
     })  # fmt: skip
 
 

@@ -108,6 +108,13 @@ def peak_memory(pid: int, every: float = 0.1) -> Iterator[Callable[[], int]]:
         thread.join()
 
 
+def gpu() -> str:
+    """The GPU, or that there is none: then nothing is said of one."""
+    import torch
+
+    return f"GPU: {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "No GPU at hand: none was measured."
+
+
 def describe() -> str:
     """Processor, cores and load."""
     return f"{cpu()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the start"

@@ -9,6 +9,9 @@ matrix-product rate is measured between them. The mean losses of all rounds must
 work was not the same. "of the limit" counts real tokens only, each a forward pass and the gradient of every activation
 through the frozen layers (2 · 2 · parameters), against that rate. Core seconds are those in which a core worked for the
 contender: on a machine that others use too they tell more than the clock.
+
+A second competition has adapters on the last layers alone and so few texts that each has been met before: fedtri begins
+with the hidden states it has kept. Its ratios are to the work with adapters on all layers.
 """
 
 import argparse
@@ -21,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -33,11 +37,15 @@ ATOL = 2e-3
 PACKAGES = ("torch", "transformers", "peft", "flwr", "ray", "numpy")
 
 
+FEDTRI, FLOWER, PEFT = "fedtri", "Flower + PEFT", "PEFT in a loop"
+
+
 @dataclass
 class Contender:
     """A process that trains a round when told to, and what it said."""
 
     name: str
+    kind: str
     work: Work
     seconds: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
@@ -50,7 +58,7 @@ class Contender:
     def start(self) -> None:
         """Start the process; it waits for its first turn."""
         self.pipe, theirs = mp.Pipe()
-        self.process = mp.get_context("spawn").Process(target=serve, args=(self.name, self.work, theirs))
+        self.process = mp.get_context("spawn").Process(target=serve, args=(self.kind, self.work, theirs))
         self.process.start()
 
     def turn(self) -> float:
@@ -74,7 +82,7 @@ class Contender:
         self.process.kill()
 
 
-def serve(name: str, work: Work, pipe: Connection) -> None:
+def serve(kind: str, work: Work, pipe: Connection) -> None:
     """A contender's own process: a round whenever it is told to."""
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # as fedtri's command line does; kind to all three
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))  # for Ray's actors
@@ -89,15 +97,12 @@ def serve(name: str, work: Work, pipe: Connection) -> None:
     def say(loss: float) -> None:
         pipe.send((time.perf_counter() - began, loss))
 
-    if name == FLOWER:
+    if kind == FLOWER:
         contenders.flower_rounds(work, say, wait)
         return
-    rounds: Iterator[float] = (contenders.peft_rounds if name == PEFT else contenders.fedtri_rounds)(work)
+    rounds: Iterator[float] = (contenders.peft_rounds if kind == PEFT else contenders.fedtri_rounds)(work)
     while wait():
         say(next(rounds))
-
-
-FEDTRI, FLOWER, PEFT = "fedtri", "Flower + PEFT", "PEFT in a loop"
 
 
 @dataclass(frozen=True)
@@ -111,9 +116,8 @@ class Found:
     threads: int
 
 
-def compete(works: dict[str, Work], repeats: int, tokens: Sequence[int], hidden: int, inner: int) -> Found:
+def compete(crew: list[Contender], repeats: int, tokens: Sequence[int], hidden: int, inner: int) -> Found:
     """All contenders in turn: a first round apiece with memory watched, one to warm up, then `repeats` that count."""
-    crew = [Contender(name, work) for name, work in works.items()]
     rates = []
     try:
         for one in crew:
@@ -125,7 +129,7 @@ def compete(works: dict[str, Work], repeats: int, tokens: Sequence[int], hidden:
                 one.bytes = peak()
             print(f"{one.name}: first round {one.first:.1f} s", file=sys.stderr, flush=True)
         for repeat in range(repeats):
-            rates.append(machine.matrix_rate(hidden, inner, threads=works[crew[0].name].threads))
+            rates.append(machine.matrix_rate(hidden, inner, threads=crew[0].work.threads))
             for one in crew if repeat % 2 == 0 else crew[::-1]:
                 one.seconds.append(one.turn())
             print(", ".join(f"{one.name} {one.seconds[-1]:.2f} s" for one in crew), file=sys.stderr, flush=True)
@@ -134,22 +138,26 @@ def compete(works: dict[str, Work], repeats: int, tokens: Sequence[int], hidden:
             one.stop()
     same_work(crew)
     rate, working = (statistics.median(values) for values in zip(*rates, strict=True))
-    return Found(crew, rate, working, tokens[2 : 2 + repeats], works[crew[0].name].threads)
+    return Found(crew, rate, working, tokens[2 : 2 + repeats], crew[0].work.threads)
 
 
 def same_work(crew: Sequence[Contender]) -> None:
-    """Exit with an error where the contenders' losses differ by more than rounding explains."""
-    for round, losses in enumerate(zip(*(one.losses for one in crew), strict=True)):
-        apart = max(losses) - min(losses)
-        if apart > (ATOL if round else ATOL / 10):
-            said = ", ".join(f"{one.name} {loss:.5f}" for one, loss in zip(crew, losses, strict=True))
-            raise SystemExit(f"round {round + 1}: the losses differ by {apart:.1e}: {said}; the work was not the same")
+    """Exit with an error where losses on the same work differ by more than rounding explains."""
+    for work in {one.work for one in crew}:
+        same = [one for one in crew if one.work == work]
+        for round, losses in enumerate(zip(*(one.losses for one in same), strict=True)):
+            apart = max(losses) - min(losses)
+            if apart > (ATOL if round else ATOL / 10):
+                said = ", ".join(f"{one.name} {loss:.5f}" for one, loss in zip(same, losses, strict=True))
+                raise SystemExit(
+                    f"round {round + 1}: the losses differ by {apart:.1e}: {said}; the work was not the same"
+                )
 
 
 def rows(found: Found, flop: float) -> list[str]:
     """The table's lines in Markdown; ratios are medians of paired rounds."""
     crew, tokens = found.crew, statistics.mean(found.tokens)
-    base = next((one for one in crew if one.name == FLOWER), crew[-1])
+    base = next((one for one in crew if one.kind == FLOWER), crew[-1])
     lines = [
         f"| | s a round | (fastest, slowest) | real tokens/s | × {base.name} | of the limit | core seconds | × | "
         "of the limit | peak memory |",
@@ -179,9 +187,30 @@ def flop_a_token(work: Work) -> tuple[float, int, int]:
     return 4.0 * parameters, shape.hidden_size, shape.intermediate_size
 
 
-def setup(work: Work, pipe: Connection) -> None:
+def setup(works: Sequence[Work], pipe: Connection) -> None:
     """What needs fedtri before the contenders start, in a process of its own so that this one stays small."""
-    pipe.send((contenders.prepare(work), *flop_a_token(work)))
+    tokens = [contenders.prepare(work) for work in works]
+    pipe.send((tokens[0], *flop_a_token(works[0])))
+
+
+def competition(title: str, crew: list[Contender], repeats: int) -> list[str]:
+    """One competition's text: what was done, and its table."""
+    works = list(dict.fromkeys(one.work for one in crew))
+    ours, theirs = mp.Pipe()
+    process = mp.get_context("spawn").Process(target=setup, args=(works, theirs))
+    process.start()
+    tokens, flop, hidden, inner = ours.recv()
+    process.join()
+    found, work = compete(crew, repeats, tokens, hidden, inner), works[0]
+    return [
+        f"## {title}\n",
+        f"{work.clients} clients × {work.steps} steps × {work.batch_size}, {statistics.mean(found.tokens):,.0f} real "
+        f"tokens a round, {flop / 1e6:.1f} MFLOP each through all layers; medians of {repeats} rounds; matrix products "
+        f"{found.rate / 1e9:.0f} GFLOP/s on {work.threads} threads by the clock, {found.working / 1e9:.0f} by core "
+        "seconds\n",
+        *rows(found, flop),
+        "",
+    ]
 
 
 def main() -> None:
@@ -192,32 +221,39 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="4 clients of 3 steps, 3 rounds")
     parser.add_argument("--repeats", type=int, default=7, help="timed rounds of each")
     parser.add_argument("--without", action="append", default=[], choices=[FLOWER, PEFT], help="leave a contender out")
+    parser.add_argument("--last", type=int, default=2, help="adapters on so many last layers in the second competition")
+    parser.add_argument("--only", choices=["all", "last"], help="one of the two competitions")
     parser.add_argument("--out", type=Path, help="also write the result to this file")
     options = parser.parse_args()
-    about = machine.describe()
+    if FLOWER not in options.without and find_spec("ray") is None:
+        print("Flower's simulation is not installed (pip install 'flwr[simulation]'): left out", file=sys.stderr)
+        options.without.append(FLOWER)
+    lines = [
+        "# Speed of a round\n",
+        f"`python {' '.join(sys.argv)}`\n",
+        f"{machine.describe()}; {machine.versions(*PACKAGES)}\n",
+        f"{machine.gpu()}\n",
+    ]
     with tempfile.TemporaryDirectory() as folder:
-        work = Work(options.data, folder, model=options.model)
+        work = Work(options.data, str(Path(folder) / "all"), model=options.model)
         if options.quick:
             work, options.repeats = replace(work, clients=4, steps=3), min(options.repeats, 3)
-        ours, theirs = mp.Pipe()
-        process = mp.get_context("spawn").Process(target=setup, args=(work, theirs))
-        process.start()
-        tokens, flop, hidden, inner = ours.recv()
-        process.join()
-        works = {name: work for name in (FEDTRI, FLOWER, PEFT) if name not in options.without}
-        found = compete(works, options.repeats, tokens, hidden, inner)
-    lines = [
-        f"`python {' '.join(sys.argv)}`\n",
-        f"{about}; {machine.versions(*PACKAGES)}\n",
-        f"{work.clients} clients × {work.steps} steps × {work.batch_size}, {statistics.mean(found.tokens):,.0f} real "
-        f"tokens a round, {flop / 1e6:.1f} MFLOP each; medians of {options.repeats} rounds; matrix products "
-        f"{found.rate / 1e9:.0f} GFLOP/s on {work.threads} threads by the clock, {found.working / 1e9:.0f} by core "
-        "seconds\n",
-        *rows(found, flop),
-    ]
+        few = replace(work, folder=str(Path(folder) / "few"), limit=24 * work.steps * work.clients)
+        last = replace(few, folder=str(Path(folder) / "last"), layers=f"last:{options.last}")
+        for one in (work, few, last):
+            Path(one.folder).mkdir()
+        kinds = [kind for kind in (FEDTRI, FLOWER, PEFT) if kind not in options.without]
+        above = f"last {options.last} layers"
+        if options.only != "last":
+            crew = [Contender(kind, kind, work) for kind in kinds]
+            lines += competition("Adapters on all layers", crew, options.repeats)
+        if options.only != "all":
+            crew = [Contender(f"{kind}, all layers", kind, few) for kind in kinds if kind == FLOWER]
+            crew += [Contender(f"{kind}, {above}", kind, last) for kind in kinds]
+            lines += competition(f"Adapters on the {above}, all texts met before", crew, options.repeats)
     print("\n".join(lines))
     if options.out:
-        options.out.write_text("# Speed\n\n" + "\n".join(lines) + "\n")
+        options.out.write_text("\n".join(lines).rstrip() + "\n")
 
 
 if __name__ == "__main__":
