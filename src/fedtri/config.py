@@ -89,11 +89,15 @@ class EarlyStopping(Strict):
 class Simulation(Strict):
     """[simulation]: how many clients share a pass (0: all), and how many padded tokens one micro-batch may have.
 
-    1024 tokens keep a micro-batch's activations in a processor's cache; a GPU wants 16384 or more.
+    1024 tokens keep a micro-batch's activations in a processor's cache; a GPU wants 16384 or more. Where no adapter
+    stands in the first layers, what leaves them is kept: up to `prefix_budget` MB in memory, more than that in a file
+    beside the run, and nothing at all at 0; `prefix_dtype` "auto" is the model's own.
     """
 
     cohort: Annotated[int, Field(ge=0)] = 16
     token_budget: PositiveInt = 1024
+    prefix_budget: Annotated[int, Field(ge=0)] = 1024
+    prefix_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
 
 class Wire(Strict):
@@ -131,6 +135,7 @@ class Config(Strict):
     adapter: Literal["lora", "dora", "hira"] = "lora"
     lora_alpha: Annotated[float, Field(gt=0)] = 16.0
     targets: str | Annotated[list[str], Field(min_length=1)] = "auto"
+    layers: Annotated[str, Field(pattern=r"^(all|last:[1-9]\d*)$")] = "all"
     head: Literal["default", "personal", "shared"] = "default"
     labels: Literal["shared", "own"] = "shared"
     seed: Annotated[int, Field(ge=0)] = 0

@@ -176,7 +176,7 @@ def features(
     found: list[tuple[Rows, np.ndarray]] = []
     with torch.inference_mode():
         for chosen in micro_batches(examples.lengths[rows], token_budget, packed=cohort.packing is not None):
-            cohort.route(np.zeros(len(chosen), np.int64), pack=True)
+            cohort.route(np.zeros(len(chosen), np.int64), pack=True, examples=rows[chosen])
             batch = _to_device(examples.batch(rows[chosen]), cohort)
             found.append((chosen, task.features(cohort.model, batch).float().cpu().numpy()))
     result = np.empty((len(rows), found[0][1].shape[1]), np.float32)
@@ -212,7 +212,7 @@ def _passes(
     cohort: Cohort, task: LearningTask, examples: Examples, owners: Rows, rows: Rows, token_budget: int
 ) -> Iterator[tuple[Rows, Scores]]:
     for chosen in micro_batches(examples.lengths[rows], token_budget, packed=cohort.packing is not None):
-        cohort.route(owners[chosen], pack=True)
+        cohort.route(owners[chosen], pack=True, examples=rows[chosen])
         yield chosen, task.scores(cohort, _to_device(examples.batch(rows[chosen]), cohort))
 
 
