@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fedtri import __version__
+from fedtri.deploy import commands as deployment
 from fedtri.errors import FedtriError
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 DEMO = Path(__file__).with_name("demo.toml")
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app.add_typer(deployment.app, name="deploy")
 console = Console()
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A run directory.")]
