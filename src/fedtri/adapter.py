@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from fedtri import packing
+from fedtri import packing, prefix, trim
 from fedtri.errors import FedtriError
 from fedtri.recompute import Recomputation
 from fedtri.routing import Routing
@@ -75,7 +75,10 @@ class TriLinear(Stacked):
         self.register_buffer("scale", torch.zeros(clients, **like), persistent=False)
 
     def forward(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_out"]:
-        out, rows = self.base(x), self.routing.rows(x).to(self.A.dtype)
+        out, slot = self.base(x), self.routing.single
+        if slot is not None and self.kind == "lora" and not self.dense and out.dtype == self.A.dtype:
+            return self._alone(x, out, slot)
+        rows = self.routing.rows(x).to(self.A.dtype)
         if self.kind == "hira":
             update = self.routing.each(rows, self._hira)
         else:
@@ -87,6 +90,12 @@ class TriLinear(Stacked):
         if self.kind == "dora":
             return self._dora(out, update)
         return out + update.reshape(out.shape).to(out.dtype)
+
+    def _alone(self, x: Tensor, out: Tensor, slot: int) -> Tensor:
+        """One client's batch as plain matrices: the last product adds itself to W0 x."""
+        h = x.reshape(-1, x.shape[-1]) @ self.at("A", slot).mT  # (batch · tokens, r)
+        h = h @ self._core_at(slot).mT
+        return torch.addmm(out.reshape(-1, out.shape[-1]), h, self.at("B", slot).mT).view(out.shape)
 
     def _core(self) -> Float[Tensor, "batch r r"]:
         """s · C of each sample's client."""
@@ -260,6 +269,8 @@ class Cohort:
         beside = "".join(f for f in "SMW" if f in extra or (f == "M" and kind == "dora"))
         self.layout = Layout(tuple(layers), tuple(head_shapes), backbone, beside, heads)
         self.packing = packing.prepare(model, self.routing)
+        self.trim = trim.prepare(model, self.routing)
+        self.prefix = prefix.prepare(model, targets, self.routing)
         self._recomputation = Recomputation(model, self.routing) if checkpointing else None
 
     def _open(
@@ -407,11 +418,18 @@ class Cohort:
         return self.device.type != "cpu" or bool(self._quantised)
 
     def route(
-        self, slots: Sequence[int] | Int[np.ndarray, "batch"] | Int[Tensor, "batch"], *, pack: bool = False
+        self,
+        slots: Sequence[int] | Int[np.ndarray, "batch"] | Int[Tensor, "batch"],
+        *,
+        pack: bool = False,
+        examples: Int[np.ndarray, "batch"] | None = None,
     ) -> None:
-        """Say which slot each sample of the next batch belongs to, and whether the batch may be packed."""
+        """Say which slot each sample of the next batch belongs to, whether the batch may be packed, and, where the pass
+        may begin with states that `prefix` keeps, which examples it holds.
+        """
+        kept = examples if examples is not None and self.prefix is not None and self.prefix.ready(examples) else None
         self.routing.set(torch.as_tensor(slots, dtype=torch.long, device=self.device))
-        self.routing.packing = pack and self.packing is not None
+        self.routing.packing, self.routing.examples = pack, kept
 
 
 def _view(stack: nn.Parameter, slot: int) -> nn.Parameter:

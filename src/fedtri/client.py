@@ -7,14 +7,13 @@ from functools import partial
 import numpy as np
 import torch
 
-from fedtri import adapter, sketch, train
+from fedtri import adapter, sketch, train, wire
 from fedtri.adapter import Cohort
-from fedtri.data.partition import Split
 from fedtri.seeds import derive
 from fedtri.store import ClientStore
 from fedtri.tasks import Examples, LearningTask
 from fedtri.threads import Stop, side_by_side
-from fedtri.types import Factors, Method, Reply, Task, only
+from fedtri.types import Factors, Method, Reply, Split, Task, only
 
 
 @dataclass(frozen=True)
@@ -58,6 +57,27 @@ def client_update(site: Site, tasks: Sequence[Task]) -> list[Reply]:
 def personal_id(client: str) -> str:
     """The name under which a client's personal copy is kept."""
     return f"{client}.personal"
+
+
+def residual_id(client: str) -> str:
+    """The name under which is kept what rounding to int8 has lost so far."""
+    return f"{client}.residual"
+
+
+def rounded(store: ClientStore, reply: Reply, dtype: str) -> Reply:
+    """The reply as it is to be encoded in this number type, with error feedback where that is int8.
+
+    x = up + e travels as Q(x), and e = x - Q(x) stays home for the next round (arXiv:1901.09847). A reply that is not
+    finite goes as it is, for the server to refuse.
+    """
+    if dtype != "int8" or not all(value.isfinite().all() for value in reply.up.values()):
+        return reply
+    lost = store.load(residual_id(reply.client)) or {}
+    up = {key: value + lost[key] if key in lost else value for key, value in reply.up.items()}
+    now = {key: value - wire.quantized(value, dtype) for key, value in up.items()}
+    if now:
+        store.save(residual_id(reply.client), {**lost, **now}, f"{reply.round + 1:05}-trained")
+    return replace(reply, up=up)
 
 
 def kept(site: Site, task: Task) -> Factors:

@@ -1,7 +1,8 @@
 """From a configuration to a federation that can run: model, data, method, clients and transport."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,8 @@ from fedtri.export import read_peft
 from fedtri.seeds import derive
 from fedtri.server import Expectation, sample
 from fedtri.store import ClientStore
-from fedtri.tasks import Recipe
-from fedtri.train import Optimization
+from fedtri.tasks import Examples, Recipe
+from fedtri.train import Optimization, micro_batches
 from fedtri.transport.local import LocalTransport
 from fedtri.types import POOLED, Key, Method
 
@@ -143,7 +144,7 @@ def load_cohort(
     head = models.initial_head(model, layers, loaded.fresh, config.seed)
     cohort = adapter.Cohort(
         model if how.quantization != "none" else model.to(device),
-        targets=[] if "P" in method.extra else models.find_targets(model, config.targets),
+        targets=[] if "P" in method.extra else models.find_targets(model, config.targets, config.layers),
         head=layers,
         clients=clients,
         rank=largest_rank(config.rank),
@@ -188,10 +189,12 @@ def assemble(
         taking_part = len(sample(sorted(splits), config.fraction, 0, config.seed))
         local = replace(local, steps=local.steps and local.steps * taking_part)
         splits, ranks = {**splits, POOLED: _pooled(splits)}, {**ranks, POOLED: max(ranks.values())}
+    examples = recipe.examples(pool, processor, config.max_length)
+    keep_prefix(config, cohort, examples, splits, store.folder)
     site = Site(
         cohort=cohort,
         task=recipe.learning(pool.label_names, processor),
-        examples=recipe.examples(pool, processor, config.max_length),
+        examples=examples,
         splits=splits,
         ranks=ranks,
         alpha=config.lora_alpha,
@@ -243,6 +246,31 @@ def own_classes(
                 "to tell apart; choose a partition that gives each client more classes"
             )
     return found
+
+
+def keep_prefix(
+    config: Config, cohort: adapter.Cohort, examples: Examples, splits: Mapping[str, Split], folder: Path
+) -> None:
+    """Let what enters the first adapted layer be kept for the examples that a run meets more than once."""
+    if cohort.prefix is None or config.simulation.prefix_budget == 0:
+        return
+
+    def groups() -> Iterator[np.ndarray]:
+        for client in sorted(set(splits) - {POOLED}):
+            split = splits[client]
+            drawn = len(split.train) * config.epochs if config.epochs else (config.steps or 0) * config.batch_size
+            again = config.rounds * config.fraction * drawn > len(split.train)
+            scored = [split.test, split.validation] if config.evaluate and config.rounds > 1 else []
+            for rows in [*([split.train] if again else []), *scored]:
+                if len(rows):
+                    budget, packed = config.simulation.token_budget, cohort.packing is not None
+                    yield from (rows[run] for run in micro_batches(examples.lengths[rows], budget, packed=packed))
+
+    dtype = config.simulation.prefix_dtype
+    cohort.prefix.keep(
+        examples, groups(), budget=config.simulation.prefix_budget << 20, folder=folder,
+        dtype=None if dtype == "auto" else getattr(torch, dtype),
+    )  # fmt: skip
 
 
 def _pooled(splits: Mapping[str, Split]) -> Split:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fedtri.errors import FedtriError
+from fedtri.packing import layer_list
 from fedtri.seeds import generator
 from fedtri.types import Key
 
@@ -83,12 +84,35 @@ def locate(model: str) -> str:
     return model
 
 
-def find_targets(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
+def find_targets(model: nn.Module, targets: str | Sequence[str], layers: str = "all") -> list[str]:
     """The names of the linear layers that `targets` chooses, in the model's order; the head is never among them.
 
     "auto" is query and value of the attention of a known architecture; a list holds last parts of names, as in PEFT;
-    any other string is a comma-separated list of these, or a regular expression matched against whole names.
+    any other string is a comma-separated list of these, or a regular expression matched against whole names. Of
+    these, `layers` "last:K" takes those in the last K of the backbone's layers. Raises FedtriError where none is left.
     """
+    found = _named(model, targets)
+    return found if layers == "all" else _in_last(model, found, int(layers.removeprefix("last:")))
+
+
+def _in_last(model: nn.Module, targets: Sequence[str], count: int) -> list[str]:
+    """Those of the targets that stand in the last layers of the backbone, as many as `count` says."""
+    if (listed := layer_list(model)) is None:
+        raise FedtriError(f'layers: the model has no single list of layers, so "last:{count}" says nothing; use "all"')
+    name, layers = listed
+    if count > len(layers):
+        raise FedtriError(f'layers: expected at most last:{len(layers)}, the model\'s layers, got "last:{count}"')
+    last = tuple(f"{name}.{number}." for number in range(len(layers) - count, len(layers)))
+    if not (found := [target for target in targets if target.startswith(last)]):
+        raise FedtriError(
+            f'layers: "last:{count}" leaves none of the targets, which are {", ".join(targets[:3])} …; '
+            "take more layers, or other targets"
+        )
+    return found
+
+
+def _named(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
+    """The linear layers that `targets` chooses, in the model's order."""
     base = backbone_of(model)
     heads = set(head_layers(model))
     linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and n not in heads]

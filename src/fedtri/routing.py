@@ -20,6 +20,14 @@ class Routing(threading.local):
         """Whether the next batch may be packed."""
         self.pending: Any = None
         """What packing has to undo."""
+        self.first_only = False
+        """Whether the pass that runs needs each text's first token only from the last layer."""
+        self.examples: Any = None
+        """Which examples the next batch holds, by row, where prefix.py keeps what enters their first adapted layer."""
+        self.computing = False
+        """Whether the next pass is to find out what to keep of them."""
+        self.prefix: Any = None
+        """What prefix.py has to do in the pass that runs."""
 
     def set(self, slots: Int[Tensor, "batch"]) -> None:
         """Route sample i of the next batches to the factors in slot slots[i]."""

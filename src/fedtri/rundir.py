@@ -23,6 +23,7 @@ PACKAGES = (
     "transformers",
     "peft",
     "datasets",
+    "flwr",
     "flwr-datasets",
     "POT",
     "scikit-learn",

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers.optimization import get_scheduler
 
 from fedtri.adapter import Cohort
 from fedtri.tasks import Examples, LearningTask, Scores
@@ -176,7 +175,7 @@ def features(
     found: list[tuple[Rows, np.ndarray]] = []
     with torch.inference_mode():
         for chosen in micro_batches(examples.lengths[rows], token_budget, packed=cohort.packing is not None):
-            cohort.route(np.zeros(len(chosen), np.int64), pack=True)
+            cohort.route(np.zeros(len(chosen), np.int64), pack=True, examples=rows[chosen])
             batch = _to_device(examples.batch(rows[chosen]), cohort)
             found.append((chosen, task.features(cohort.model, batch).float().cpu().numpy()))
     result = np.empty((len(rows), found[0][1].shape[1]), np.float32)
@@ -212,7 +211,7 @@ def _passes(
     cohort: Cohort, task: LearningTask, examples: Examples, owners: Rows, rows: Rows, token_budget: int
 ) -> Iterator[tuple[Rows, Scores]]:
     for chosen in micro_batches(examples.lengths[rows], token_budget, packed=cohort.packing is not None):
-        cohort.route(owners[chosen], pack=True)
+        cohort.route(owners[chosen], pack=True, examples=rows[chosen])
         yield chosen, task.scores(cohort, _to_device(examples.batch(rows[chosen]), cohort))
 
 
@@ -236,8 +235,7 @@ class _Learner:
         self.optimizer = torch.optim.AdamW(
             self.views, lr=how.learning_rate, betas=how.betas, weight_decay=how.weight_decay, fused=True
         )
-        total = sum(1 for _ in minibatches(work, how)) if how.schedule != "constant" else None
-        self.schedule = get_scheduler(how.schedule, self.optimizer, how.warmup, total)
+        self.schedule = _schedule(self.optimizer, work, how)
 
     def zero(self) -> None:
         for view in self.views:
@@ -253,3 +251,12 @@ class _Learner:
             torch.nn.utils.clip_grad_norm_(self.views, self.how.clip)
         self.optimizer.step()
         self.schedule.step()
+
+
+def _schedule(optimizer: torch.optim.Optimizer, work: Work, how: Optimization) -> torch.optim.lr_scheduler.LRScheduler:
+    """The learning rate's schedule over one round."""
+    if how.schedule == "constant":
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1)
+    from transformers.optimization import get_scheduler  # it imports PEFT, 2 s that a client's every call would pay
+
+    return get_scheduler(how.schedule, optimizer, how.warmup, sum(1 for _ in minibatches(work, how)))

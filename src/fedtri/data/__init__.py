@@ -1,6 +1,6 @@
 """Where examples come from, one file a source; partition.py deals them to clients."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +20,7 @@ def load_pool(
     columns: Mapping[str, str] | None = None,
     limit: int | None = None,
     seed: int = 0,
+    classes: Sequence[str] = (),
 ) -> Pool:
     """All examples that `data` names, as a task makes its pool of them.
 
@@ -31,6 +32,7 @@ def load_pool(
         columns: The column of each role; see `pool.ROLES` for the defaults. With any given, GLUE and AG News are
             read as ordinary tables. Label ids follow the labels' sorted order, whole numbers by value.
         limit: At most so many examples, drawn at random with `seed`.
+        classes: Where the data are one site's share of a federation's: all of its classes, in the order of their ids.
 
     Raises:
         FedtriError: Naming the file, key or column, what was expected and what was found.
@@ -41,7 +43,7 @@ def load_pool(
         raise FedtriError(f"{source.where}: holds no examples, expected one a row; check the file")
     if twice := [name for name in found if found.count(name) > 1]:
         raise FedtriError(f'{source.where}: column "{twice[0]}" occurs more than once; rename one of them')
-    return made(replace(source, limit=limit, seed=seed))
+    return made(replace(source, limit=limit, seed=seed, classes=tuple(classes)))
 
 
 def source_of(data: str, columns: Mapping[str, str]) -> Source:

@@ -120,5 +120,7 @@ class Recipe:
     """The names of the linear layers that are the task's head, one copy a client; [] where the model is whole."""
     classifies: bool = False
     """Whether a class is predicted, so that guessing the largest one is a yardstick."""
+    kept: type[Any] | None = None
+    """The class of its examples where that is a dataclass of arrays, which a site keeps on its disk."""
     answers: Answers | None = None
     """(cohort with the client in slot 0, processor, class names, inputs, max_length) to an answer each."""

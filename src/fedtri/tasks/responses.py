@@ -6,6 +6,7 @@ from functools import partial
 from inspect import signature
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
@@ -46,7 +47,8 @@ def generate(model: nn.Module, tokenizer: PreTrainedTokenizerBase, inputs: Batch
     by the caller."""
     own: Any = getattr(model, "generation_config", None)
     known: Any = None if own is None else own.eos_token_id
-    ends: set[Any] = {*(known if isinstance(known, list) else [known]), tokenizer.eos_token_id} - {None}
+    last: Any = tokenizer.eos_token_id
+    ends = {int(end) for end in (*np.atleast_1d(known), last) if end is not None}
     how = GenerationConfig(
         do_sample=False,
         max_new_tokens=max_new_tokens,

@@ -33,6 +33,7 @@ def text_classification() -> Recipe:
         learning=lambda label_names, _: TextClassification(len(label_names)),
         skeleton=skeleton,
         classifies=True,
+        kept=TextExamples,
         answers=answers,
     )
 
