@@ -30,28 +30,21 @@ def words_of(ids) -> str:
 
 
 def test_the_image_stands_first_and_the_response_alone_carries_loss(lab, tmp_path):
-    """Token by token. Seen to fail with one image token, and with loss on the prompt."""
+    """Token by token."""
     examples = lab.federation(tmp_path, **asked(lab)).site.examples
     batch = examples.batch(np.array([0, 1]))
-    assert words_of(batch["input_ids"][0]).split() == [
-        "<s>",
-        *["<image>"] * 4,
-        "which",
-        "colour",
-        "deep",
-        "red",
-        "</s>",
-    ]
-    assert words_of(batch["input_ids"][1]).split() == ["<s>", *["<image>"] * 4, "name", "it", "deep", "blue", "</s>"]
+    image = ["<s>", *["<image>"] * 4]
+    assert words_of(batch["input_ids"][0]).split() == [*image, "which", "colour", "deep", "red", "</s>"]
+    assert words_of(batch["input_ids"][1]).split() == [*image, "name", "it", "deep", "blue", "</s>"]
     assert batch["labels"][0].tolist() == [-100] * 7 + batch["input_ids"][0][7:].tolist()
     assert examples.terms.tolist() == [3] * 60
     assert batch["pixel_values"].shape == (2, 3, 8, 8)
     cut = examples.prompts([1])
-    assert words_of(cut["input_ids"][0]).split() == ["<s>", *["<image>"] * 4, "name", "it"]
+    assert words_of(cut["input_ids"][0]).split() == [*image, "name", "it"]
 
 
 def test_a_chat_template_is_followed(lab, tmp_path):
-    """The processor's own. Seen to fail with the template of plain text."""
+    """The processor's own."""
     model, processor = llava()
     processor.chat_template = CHAT
     for part in (model, processor):
@@ -66,7 +59,7 @@ def test_a_chat_template_is_followed(lab, tmp_path):
 
 
 def test_what_is_too_long_loses_its_end_and_never_its_image(lab, tmp_path):
-    """Seen to fail with over-long examples cut on the left."""
+    """Where nothing of a response is left, that is an error."""
     examples = lab.federation(tmp_path, **asked(lab, max_length=9)).site.examples
     assert all((examples.batch(np.array([row]))["input_ids"] == 4).sum() == 4 for row in range(4))
     assert set(examples.terms.tolist()) == {1, 2}
@@ -99,7 +92,7 @@ def test_a_text_with_an_image_token_is_refused(lab, tmp_path):
 
 
 def test_answers_are_generated_with_the_image_at_hand(lab, tmp_path):
-    """Exact answers, of a model that has learned the few there are. Seen to fail without pixel_values."""
+    """And judged; a model that has learned the few there are is hardly surprised by them."""
     values = asked(lab, task_options={"exact_match": "text"}, steps=25, learning_rate=2e-2, rounds=1)
     line = list(rounds(lab.federation(tmp_path, **values)))[-1].line
     assert set(line["metrics"]) >= {"perplexity", "exact_match"}
@@ -108,7 +101,6 @@ def test_answers_are_generated_with_the_image_at_hand(lab, tmp_path):
 
 
 def test_peft_and_the_merged_model_answer_as_the_client_did(lab, tmp_path):
-    """Seen to fail with B in place of B·C."""
     config = lab.config(**asked(lab, out=str(tmp_path / "run"), rounds=1, clients=2, steps=4, learning_rate=1e-2))
     list(runs.run(config))
     own = tuned.open_client(tmp_path / "run", CLIENT)
