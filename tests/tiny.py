@@ -205,7 +205,8 @@ def clip(seed: int = 0) -> tuple[Any, ...]:
 
 def llava(seed: int = 0) -> tuple[Any, ...]:
     """A tiny LLaVA (CLIP's vision tower, Llama's language model) and its processor: four tokens an image."""
-    words = ["[PAD]", "[UNK]", "<s>", "</s>", "<image>", *"which colour name it red blue deep light".split()]
+    said = ["which", "colour", "name", "it", "red", "blue", "deep", "light"]
+    words = ["[PAD]", "[UNK]", "<s>", "</s>", "<image>", *said]
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
     core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 2)])
