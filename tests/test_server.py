@@ -1,6 +1,7 @@
 """Laws of the server's half: who is asked, what each is sent, whose reply is used, and what a mean is."""
 
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -8,7 +9,6 @@ import pytest
 import torch
 
 from fedtri import combine, methods, server
-from fedtri.errors import FedtriError
 from fedtri.server import Expectation
 from fedtri.types import Key, Layer, Layout, Method, Mixture, Plan, Reply, ServerState, Sketch
 from tiny import assert_same
@@ -171,8 +171,7 @@ def test_a_bad_reply_is_refused_and_the_others_round_goes_on(broken, why):
     assert [r.client for r in used] == ["a", "c"]
     assert len(refused) == 1
     assert refused[0].startswith("b: ")
-    with pytest.raises(FedtriError, match=f"^round 1: no reply can be used; b: .*{why}"):
-        server.accept([bad], frozenset("ABH"), EXPECTED)
+    assert re.search(why, refused[0])
     state = server.server_step(methods.build("fedit"), ServerState(), used)
     assert {float(value.unique()) for value in state.shared.values()} == {2.0}
 

@@ -1,20 +1,19 @@
 """The clients' half of a round: load, train, evaluate, split into what leaves home and what stays."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
 import torch
 
-from fedtri import adapter, sketch, train
+from fedtri import adapter, sketch, train, wire
 from fedtri.adapter import Cohort
-from fedtri.data.partition import Split
 from fedtri.seeds import derive
 from fedtri.store import ClientStore
 from fedtri.tasks import Examples, LearningTask
 from fedtri.threads import Stop, side_by_side
-from fedtri.types import Factors, Method, Reply, Task, only
+from fedtri.types import Factors, Method, Reply, Split, Task, only
 
 
 @dataclass(frozen=True)
@@ -33,18 +32,24 @@ class Site:
     """What a client starts from, derived from the run's seed."""
     store: ClientStore
     seed: int
+    classes: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """The classes of each client's own head, where these differ; empty where all have all."""
     evaluate: bool = True
     validate: bool = False
     """Whether the validation split is scored too (early stopping needs it)."""
     token_budget: int = 1024
     on_step: Callable[[int, int, float], None] = lambda slot, step, loss: None
 
+    def put(self, slot: int, client: str, factors: Factors) -> None:
+        """A client's tensors into a slot of the cohort, with its rank, scale and classes."""
+        self.cohort.write(slot, factors, self.ranks[client], self.alpha, self.classes.get(client))
+
 
 def client_update(site: Site, tasks: Sequence[Task]) -> list[Reply]:
     """Answer the tasks of one phase of one round, one a client, at most as many as the cohort has slots."""
     for slot, task in enumerate(tasks):
         own = site.initial(task.client) if task.phase == "sketch" else kept(site, task)
-        site.cohort.write(slot, own, site.ranks[task.client], site.alpha)
+        site.put(slot, task.client, own)
     answer = {"sketch": _sketch, "train": _train, "evaluate": _evaluate}[tasks[0].phase]
     return answer(site, tasks)
 
@@ -52,6 +57,27 @@ def client_update(site: Site, tasks: Sequence[Task]) -> list[Reply]:
 def personal_id(client: str) -> str:
     """The name under which a client's personal copy is kept."""
     return f"{client}.personal"
+
+
+def residual_id(client: str) -> str:
+    """The name under which is kept what rounding to int8 has lost so far."""
+    return f"{client}.residual"
+
+
+def rounded(store: ClientStore, reply: Reply, dtype: str) -> Reply:
+    """The reply as it is to be encoded in this number type, with error feedback where that is int8.
+
+    x = up + e travels as Q(x), and e = x - Q(x) stays home for the next round (arXiv:1901.09847). A reply that is not
+    finite goes as it is, for the server to refuse.
+    """
+    if dtype != "int8" or not all(value.isfinite().all() for value in reply.up.values()):
+        return reply
+    lost = store.load(residual_id(reply.client)) or {}
+    up = {key: value + lost[key] if key in lost else value for key, value in reply.up.items()}
+    now = {key: value - wire.quantized(value, dtype) for key, value in up.items()}
+    if now:
+        store.save(residual_id(reply.client), {**lost, **now}, f"{reply.round + 1:05}-trained")
+    return replace(reply, up=up)
 
 
 def kept(site: Site, task: Task) -> Factors:
@@ -125,7 +151,7 @@ def _train_personal(
     """Leave in every slot the client's personal copy, trained for as many steps again near what was received."""
     for slot, task in enumerate(tasks):
         copy = site.store.load(personal_id(task.client)) or received[slot]
-        site.cohort.write(slot, copy, site.ranks[task.client], site.alpha)
+        site.put(slot, task.client, copy)
     again = [
         replace(work, seed=derive(work.seed, "personal"), anchor=received[slot]) for slot, work in enumerate(works)
     ]

@@ -52,9 +52,14 @@ class Columns(Strict):
 
 
 class ModelOptions(Strict):
-    """[model_options]: the number type of the frozen weights; "auto" is the checkpoint's own. Adapters are float32."""
+    """[model_options]: how the frozen weights are kept, and whether layers are run again instead of remembered.
+
+    "auto" is the checkpoint's own number type. Adapters are float32. 8bit and 4bit need bitsandbytes.
+    """
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    quantization: Literal["none", "8bit", "4bit"] = "none"
+    gradient_checkpointing: bool = False
 
 
 class SplitOptions(Strict):
@@ -98,7 +103,7 @@ class Simulation(Strict):
 class Wire(Strict):
     """[wire]: the number type on the wire, and the largest norm a client's tensor may have."""
 
-    dtype: Literal["float32", "float16", "bfloat16", "float64"] = "float32"
+    dtype: Literal["float32", "float16", "bfloat16", "float64", "int8"] = "float32"
     norm_bound: Annotated[float, Field(gt=0)] = 1e4
 
 
@@ -108,6 +113,23 @@ class ServerOptions(Strict):
     optimizer: Literal["none", "fedavgm", "fedadam"] = "none"
     learning_rate: Annotated[float, Field(gt=0)] = 1.0
     betas: Annotated[list[Share], Field(min_length=2, max_length=2)] = [0.9, 0.99]
+
+
+class Network(Strict):
+    """[network]: who may take part on a real network, what its classes are called, and how long a round may take.
+
+    `clients` are the names that the server's keeper has registered with the sites' keys; `labels` the classes in the
+    order of their ids. A round starts when `minimum` clients are there and closes with as many usable replies, at the
+    latest after `deadline` seconds a phase; one that misses them is tried `attempts` times in all.
+    """
+
+    clients: Annotated[list[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]], Field()] = []
+    labels: list[str] = []
+    minimum: PositiveInt = 2
+    deadline: Annotated[float, Field(gt=0)] = 600.0
+    patience: Annotated[float, Field(gt=0)] = 600.0
+    retries: Annotated[int, Field(ge=0)] = 1
+    attempts: PositiveInt = 3
 
 
 class Config(Strict):
@@ -132,6 +154,7 @@ class Config(Strict):
     targets: str | Annotated[list[str], Field(min_length=1)] = "auto"
     layers: Annotated[str, Field(pattern=r"^(all|last:[1-9]\d*)$")] = "all"
     head: Literal["default", "personal", "shared"] = "default"
+    labels: Literal["shared", "own"] = "shared"
     seed: Annotated[int, Field(ge=0)] = 0
     device: str = "auto"
     evaluate: bool = True
@@ -148,6 +171,7 @@ class Config(Strict):
     simulation: Simulation = Simulation()
     wire: Wire = Wire()
     server: ServerOptions = ServerOptions()
+    network: Network = Network()
 
     @model_validator(mode="before")
     @classmethod

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedtri import fidelity, server
-from fedtri.types import POOLED, Answer, Method, Phase, ServerState, Transport
+from fedtri.errors import FedtriError
+from fedtri.types import POOLED, Answer, Failure, Method, Phase, ServerState, Transport
 
 LOGGED_CLIENTS = 100
 OWN_METRICS = {"loss", "accuracy", "train_loss", "validation_loss", "loss_personal", "accuracy_personal"}
@@ -24,6 +25,10 @@ class Schedule:
     evaluate: bool = True
     patience: int | None = None
     """Stop when the mean validation loss has not improved for this many rounds."""
+    quorum: int = 1
+    """Usable replies without which a round is not closed."""
+    attempts: int = 1
+    """How often a round that misses its quorum is tried before the run stops."""
 
 
 @dataclass(frozen=True)
@@ -48,18 +53,25 @@ def run(
 ) -> Iterator[Progress]:
     """Run the rounds that are left after `state`; `history` holds the lines of the rounds before it."""
     state = (state or ServerState()).with_(ranks=expected.ranks, alpha=expected.alpha)
-    clients = transport.clients()
-    lines = list(history)
+    lines, missed = list(history), 0
+    record = _Round(method, transport, on_phase, state.round)
     while state.round < schedule.rounds and not _enough(lines, schedule.patience):
-        record = _Round(method, transport, on_phase, state.round)
+        clients = transport.clients()
+        record = record if missed else _Round(method, transport, on_phase, state.round)
         chosen = server.sample(clients, schedule.fraction, state.round, schedule.seed)
         if method.needs_sketch and (new := [c for c in chosen if c not in state.sketches]):
             state = server.sketched(method, state, [a.reply for a in record.ask(state, new, "sketch")])
-        trainers = [POOLED] if method.pooled else chosen
-        trained = record.ask(state, trainers, "train")
-        state = server.delivered(state, trainers)
+        ready = [c for c in chosen if c in state.sketches] if method.needs_sketch else chosen
+        trained = record.ask(state, [POOLED] if method.pooled else ready, "train")
         began = time.perf_counter()
         replies, refused = server.accept([a.reply for a in trained], method.plan(state.round).up, expected)
+        if len(replies) < schedule.quorum:
+            missed += 1
+            if missed >= schedule.attempts:
+                raise FedtriError(record.shortage(len(replies), schedule.quorum, refused))
+            continue
+        missed = 0
+        state = server.delivered(state, [a.reply.client for a in trained])
         before, state = state, server.server_step(method, state, replies)
         more = matrices(state) | fidelity.logged(before, state, replies)
         record.seconds["aggregate"] += time.perf_counter() - began
@@ -91,19 +103,43 @@ class _Round:
         self.up: dict[str, int] = {}
         self.down: dict[str, int] = {}
         self.sketch: dict[str, int] = {}
+        self.latency: dict[str, dict[str, float]] = {}
+        self.failed: dict[str, str] = {}
+        self.refused: list[str] = []
+        self.retries: dict[str, int] = {}
         self.seconds = {"sketch": 0.0, "train": 0.0, "aggregate": 0.0, "evaluate": 0.0}
 
     def ask(self, state: ServerState, clients: Sequence[str], phase: Phase) -> list[Answer]:
         self.on_phase(self.round, phase, clients)
         began = time.perf_counter()
-        answers = self.transport.exchange(server.tasks(self.method, state, clients, state.round, phase))
+        found = self.transport.exchange(server.tasks(self.method, state, clients, state.round, phase))
         self.seconds[phase] += time.perf_counter() - began
+        answers = [one for one in found if isinstance(one, Answer)]
         for answer in answers:
             client = answer.reply.client
             up = self.sketch if phase == "sketch" else self.up
             up[client] = up.get(client, 0) + answer.up
             self.down[client] = self.down.get(client, 0) + answer.down
+            if answer.seconds is not None:
+                self.latency.setdefault(client, {})[phase] = round(answer.seconds, 3)
+            self._asked_again(client, answer.retries)
+        for failure in (one for one in found if isinstance(one, Failure)):
+            if failure.refused:
+                self.refused.append(failure.reason)
+            else:
+                self.failed[failure.client] = failure.reason
+            self._asked_again(failure.client, failure.retries)
         return sorted(answers, key=lambda answer: answer.reply.client)
+
+    def _asked_again(self, client: str, times: int) -> None:
+        if times:
+            self.retries[client] = self.retries.get(client, 0) + times
+
+    def shortage(self, usable: int, quorum: int, refused: Sequence[str]) -> str:
+        """Why the round cannot be closed."""
+        what = f"{usable} replies can be used, expected at least {quorum}" if usable else "no reply can be used"
+        reasons = [*refused, *self.refused, *self.failed.values()]
+        return "; ".join([f"round {self.round + 1}: {what}", *reasons[:3]])
 
     def line(
         self,
@@ -112,11 +148,11 @@ class _Round:
         after: Sequence[Answer],
         refused: Sequence[str],
     ) -> dict[str, Any]:
-        train_loss = {a.reply.client: a.reply.metrics["train_loss"] for a in trained}
+        train_loss = metric(trained, "train_loss")
         line: dict[str, Any] = {
             "round": self.round + 1,
             "clients": list(chosen),
-            "loss": sum(train_loss.values()) / len(train_loss),
+            "loss": sum(train_loss.values()) / len(train_loss) if train_loss else None,
             "accuracy": spread(metric(after, "accuracy")),
             "accuracy_local": spread(metric(trained, "accuracy")),
             **({"accuracy_personal": spread(personal)} if (personal := metric(trained, "accuracy_personal")) else {}),
@@ -129,8 +165,11 @@ class _Round:
             line["metrics"] = more
         if validation := metric(after, "validation_loss"):
             line["validation_loss"] = sum(validation.values()) / len(validation)
-        if refused:
-            line["refused"] = list(refused)
+        if refused := [*refused, *self.refused]:
+            line["refused"] = refused
+        for name in ("failed", "latency", "retries"):
+            if said := getattr(self, name):
+                line[name] = said
         return line
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from fedtri import adapter, fedopt, methods, models, tasks
@@ -39,6 +40,11 @@ class Federation:
     recipe: Recipe
     processor: Any
     label_names: tuple[str, ...]
+
+    def own_labels(self, client: str) -> list[str] | None:
+        """The names of the classes of a client's own head; None where it is everyone's."""
+        own = self.site.classes.get(client)
+        return None if own is None else [self.label_names[label] for label in own]
 
     def describe_clients(self) -> dict[str, dict[str, object]]:
         """Each client's sizes, its counts of each class, and what guessing its largest training class would score.
@@ -132,11 +138,12 @@ def load_cohort(
     Beside the head stand the tensors that start as the model has them: DoRA's magnitudes, a backbone that learns.
     """
     recipe, method = choose_task(config), choose_method(config)
-    loaded = recipe.load(config.model, label_names, models.Weights(config.model_options.dtype))
+    device, how = _device(config.device), config.model_options
+    loaded = recipe.load(config.model, label_names, models.Weights(how.dtype, how.quantization, str(device)))
     model, layers = loaded.model, recipe.head(loaded.model)
     head = models.initial_head(model, layers, loaded.fresh, config.seed)
     cohort = adapter.Cohort(
-        model.to(_device(config.device)),
+        model if how.quantization != "none" else model.to(device),
         targets=[] if "P" in method.extra else models.find_targets(model, config.targets, config.layers),
         head=layers,
         clients=clients,
@@ -144,6 +151,7 @@ def load_cohort(
         kind=config.adapter,
         extra=method.extra,
         heads=method.heads,
+        checkpointing=how.gradient_checkpointing,
     )
     return cohort, loaded.processor, {**head, **cohort.initial()}
 
@@ -174,6 +182,7 @@ def assemble(
     """The federation over data, splits and a model that are already at hand."""
     recipe = choose_task(config)
     ranks = client_ranks(config.rank, sorted(splits), config.seed)
+    classes = own_classes(recipe, method, pool, splits, cohort) if config.labels == "own" else {}
     first = {rank: start(config, cohort, head, method.basis, rank) for rank in set(ranks.values())}
     local = optimization(config)
     if method.pooled:
@@ -191,9 +200,10 @@ def assemble(
         alpha=config.lora_alpha,
         method=method,
         optimization=local,
-        initial=lambda client: first[ranks[client]],
+        initial=lambda client: cohort.of_classes(first[ranks[client]], classes.get(client)),
         store=store,
         seed=config.seed,
+        classes=classes,
         evaluate=config.evaluate,
         validate=config.early_stopping.patience is not None,
         token_budget=config.simulation.token_budget,
@@ -211,6 +221,31 @@ def assemble(
         processor=processor,
         label_names=pool.label_names,
     )
+
+
+def own_classes(
+    recipe: Recipe, method: Method, pool: Pool, splits: Mapping[str, Split], cohort: adapter.Cohort
+) -> dict[str, Int[np.ndarray, "own"]]:
+    """The classes that each client's examples hold, ascending: what it has a head for where `labels = "own"`.
+
+    Raises FedtriError where heads cannot differ, because they travel or there are none, and for a client of one class.
+    """
+    if not recipe.classifies or not cohort.layout.head:
+        raise FedtriError(f'labels: "own" needs a head with a row for each class, which task {recipe.name} has not; '
+                          'set labels = "shared"')  # fmt: skip
+    if method.pooled or any("H" in method.plan(round).up | method.plan(round).down for round in range(2)):
+        raise FedtriError(f'labels: "own" needs heads that stay at home, and {method.name} has one head for all; '
+                          'set head = "personal", or choose another method')  # fmt: skip
+    labels = pool.labels
+    assert labels is not None
+    found = {client: np.unique(labels[np.concatenate(list(vars(split).values()))]) for client, split in splits.items()}
+    for client, own in sorted(found.items()):
+        if len(own) < 2:
+            raise FedtriError(
+                f'labels: "own" leaves {client} with one class, {pool.label_names[own[0]]!r}, expected at least two '
+                "to tell apart; choose a partition that gives each client more classes"
+            )
+    return found
 
 
 def keep_prefix(

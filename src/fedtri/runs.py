@@ -3,11 +3,12 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
-from fedtri import checkpoint, engine, rundir
+from fedtri import checkpoint, engine, rundir, server
 from fedtri import config as configuration
 from fedtri.config import Config
 from fedtri.errors import FedtriError
@@ -46,8 +47,19 @@ def run(config: Config, listener: Listener = Listener()) -> Iterator[Progress]:
         threads = torch.get_num_threads()
         device = str(next(federation.site.cohort.model.parameters()).device)
         rundir.write_json(folder / "labels.json", federation.label_names)
+        for client in federation.site.classes:
+            rundir.write_own_labels(folder, client, federation.own_labels(client) or [])
         rundir.write_json(folder / "environment.json", rundir.environment(device, config.seed, threads))
         yield from _rounds(folder, federation, None, [], listener)
+
+
+def starting(config: Config) -> dict[str, Mapping[str, float]]:
+    """Each client's metrics on its own test examples with what it starts from, before any training."""
+    with TemporaryDirectory() as folder:
+        built = build(config.model_copy(update={"evaluate": True}), ClientStore(Path(folder)))
+        clients = built.transport.clients()
+        answers = built.transport.exchange(server.tasks(built.method, ServerState(), clients, 0, "evaluate"))
+        return {answer.reply.client: answer.reply.metrics for answer in answers}
 
 
 def resume(folder: Path, listener: Listener = Listener()) -> Iterator[Progress]:
@@ -60,12 +72,7 @@ def resume(folder: Path, listener: Listener = Listener()) -> Iterator[Progress]:
             raise FedtriError(f"{folder}: the run is finished; see {folder / 'summary.json'}")
         store = ClientStore(folder / "clients", found.clients if found else None)
         federation = build(config, store)
-        done = found.state.round if found else 0
-        lines = [line for line in rundir.read_rounds(folder) if line["round"] < done]
-        if found is not None:
-            lines.append(dict(found.line))
-        rundir.write_rounds(folder, lines)
-        yield from _rounds(folder, federation, found, lines, listener)
+        yield from _rounds(folder, federation, found, reopened(folder, found), listener)
 
 
 def _rounds(
@@ -80,12 +87,27 @@ def _rounds(
         federation.method, federation.transport, federation.expected, federation.schedule,
         state=found.state if found else None, history=lines, on_phase=listener.on_phase,
     ):  # fmt: skip
-        checkpoint.save(folder / "checkpoints", progress.state, site.store, progress.line)
-        rundir.append_round(folder, progress.line)
-        lines.append(dict(progress.line))
-        yield Progress(folder, progress.round, progress.line, progress.state)
+        yield record(folder, progress, site.store, lines)
     export_all(folder, federation)
     rundir.write_json(folder / "summary.json", summarise(federation, lines))
+
+
+def record(folder: Path, progress: engine.Progress, store: ClientStore, lines: list[dict[str, Any]]) -> Progress:
+    """Write a round's checkpoint and line, and add the line to `lines`."""
+    checkpoint.save(folder / "checkpoints", progress.state, store, progress.line)
+    rundir.append_round(folder, progress.line)
+    lines.append(dict(progress.line))
+    return Progress(folder, progress.round, progress.line, progress.state)
+
+
+def reopened(folder: Path, found: checkpoint.Checkpoint | None) -> list[dict[str, Any]]:
+    """The lines of a run up to its last whole checkpoint, which rounds.jsonl holds from now on."""
+    done = found.state.round if found else 0
+    lines = [line for line in rundir.read_rounds(folder) if line["round"] < done]
+    if found is not None:
+        lines.append(dict(found.line))
+    rundir.write_rounds(folder, lines)
+    return lines
 
 
 def export_all(folder: Path, federation: Federation) -> None:
@@ -104,21 +126,30 @@ def export_client(target: Path, federation: Federation, client: str) -> None:
     write_peft(
         target, site.store.load(client) or site.initial(client), site.cohort, alpha=site.alpha,
         base_model=locate(federation.config.model), task_type=federation.recipe.peft_type,
+        labels=federation.own_labels(client),
     )  # fmt: skip
 
 
 def summarise(federation: Federation, lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """summary.json: the result, what it cost in bytes and seconds, and who the clients are."""
-    config, site = federation.config, federation.site
+    site = federation.site
+    any_client = federation.transport.clients()[0]
+    payload = payload_bytes(only(site.initial(any_client), federation.method.plan(0).up), federation.config.wire.dtype)
+    return summary(federation.config, lines, payload, federation.describe_clients(), federation.label_names)
+
+
+def summary(
+    config: Config, lines: Sequence[Mapping[str, Any]], payload: int, clients: Mapping[str, Mapping[str, object]],
+    labels: Sequence[str],
+) -> dict[str, Any]:  # fmt: skip
+    """What a run's lines come to; `payload` is the bytes of the numbers alone that a client sends in a round."""
     after, local = latest(lines, "accuracy"), latest(lines, "accuracy_local")
     # a client that joins late is sent its first downlink with its task, so only settled rounds are typical
     ups = [n for line in lines for n in line["bytes"]["up"].values()]
     downs = [n for line in lines for c, n in line["bytes"]["down"].items() if c in line["clients"]]
     sketches = [n for line in lines for n in line["bytes"].get("sketch", {}).values()]
-    any_client = federation.transport.clients()[0]
-    payload = payload_bytes(only(site.initial(any_client), federation.method.plan(0).up), config.wire.dtype)
-    clients, losses = federation.describe_clients(), latest(lines, "test_loss")
-    guesses = [float(str(about["guess"])) for about in clients.values() if about["guess"] is not None]
+    losses = latest(lines, "test_loss")
+    guesses = [float(str(about["guess"])) for about in clients.values() if about.get("guess") is not None]
     return {
         "method": config.method,
         "model": config.model,
@@ -133,8 +164,8 @@ def summarise(federation: Federation, lines: Sequence[Mapping[str, Any]]) -> dic
         "metrics": {name: spread for line in lines for name, spread in line.get("metrics", {}).items()},
         "guess": sum(guesses) / len(guesses) if guesses else None,
         "bytes": {
-            "up_per_client_round": round(sum(ups) / len(ups)),
-            "down_per_client_round": round(sum(downs) / len(downs)),
+            "up_per_client_round": round(sum(ups) / max(len(ups), 1)),
+            "down_per_client_round": round(sum(downs) / max(len(downs), 1)),
             "payload_up_per_client_round": payload,
             "sketch_per_client": round(sum(sketches) / len(sketches)) if sketches else 0,
             "total": sum(ups) + sum(n for line in lines for n in line["bytes"]["down"].values()) + sum(sketches),
@@ -146,7 +177,7 @@ def summarise(federation: Federation, lines: Sequence[Mapping[str, Any]]) -> dic
                 for phase in ("sketch", "train", "aggregate", "evaluate")
             },
         },
-        "labels": list(federation.label_names),
+        "labels": list(labels),
         "client_table": clients,
     }
 

@@ -7,7 +7,6 @@ import numpy as np
 import torch
 
 from fedtri import combine
-from fedtri.errors import FedtriError
 from fedtri.seeds import derive
 from fedtri.similarity import extend_distances
 from fedtri.types import Factors, Key, Layout, Method, Phase, Reply, ServerState, Task, only
@@ -106,12 +105,6 @@ def refuse(reply: Reply, up: frozenset[str], expected: Expectation) -> str | Non
 
 
 def accept(replies: Sequence[Reply], up: frozenset[str], expected: Expectation) -> tuple[list[Reply], list[str]]:
-    """(the replies that can be used, why the others cannot). Raises FedtriError when none is left."""
+    """(the replies that can be used, why the others cannot)."""
     judged = [(reply, refuse(reply, up, expected)) for reply in replies]
-    good = [reply for reply, why in judged if why is None]
-    refusals = [why for _, why in judged if why is not None]
-    if not good:
-        raise FedtriError(
-            f"round {replies[0].round + 1 if replies else '?'}: no reply can be used; {'; '.join(refusals[:3])}"
-        )
-    return good, refusals
+    return [reply for reply, why in judged if why is None], [why for _, why in judged if why is not None]

@@ -85,6 +85,11 @@ def encode(sketch: Sketch) -> bytes:
     return save(arrays)
 
 
+def most_bytes(classes: int, d: int, components: int = 3) -> int:
+    """The longest that a sketch of features of width d can be as bytes."""
+    return _HEADER + 4 * (2 * classes + classes * components * (1 + 2 * d))
+
+
 def decode(data: bytes, *, classes: int, d: int, components: int = 3) -> Sketch:
     """The sketch in `data`, which may be hostile: features of width d, at most `components` a class.
 
@@ -95,7 +100,7 @@ def decode(data: bytes, *, classes: int, d: int, components: int = 3) -> Sketch:
     from safetensors import SafetensorError
     from safetensors.numpy import load
 
-    limit = _HEADER + 4 * (2 * classes + classes * components * (1 + 2 * d))
+    limit = most_bytes(classes, d, components)
     _require(len(data) <= limit, f"at most {limit} bytes", f"{len(data)}")
     try:
         arrays = load(data)

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers.optimization import get_scheduler
 
 from fedtri.adapter import Cohort
 from fedtri.tasks import Examples, LearningTask, Scores
@@ -213,21 +212,12 @@ def _passes(
 ) -> Iterator[tuple[Rows, Scores]]:
     for chosen in micro_batches(examples.lengths[rows], token_budget, packed=cohort.packing is not None):
         cohort.route(owners[chosen], pack=True, examples=rows[chosen])
-        yield chosen, task.scores(cohort.model, _to_device(examples.batch(rows[chosen]), cohort))
+        yield chosen, task.scores(cohort, _to_device(examples.batch(rows[chosen]), cohort))
 
 
 def _to_device(batch: Mapping[str, Tensor], cohort: Cohort) -> dict[str, Tensor]:
     device = next(cohort.model.parameters()).device
     return {name: value.to(device) for name, value in batch.items()}
-
-
-def _anchor(view: Tensor, value: Tensor | None) -> Tensor:
-    """A copy of the view, or of this value zero-padded to its shape."""
-    if value is None:
-        return view.detach().clone()
-    anchor = torch.zeros_like(view)
-    anchor[tuple(slice(n) for n in value.shape)] = value.to(view)
-    return anchor
 
 
 class _Learner:
@@ -238,12 +228,14 @@ class _Learner:
         views = cohort.slices(work.slot, kinds)
         self.views = list(views.values())
         anchor = work.anchor or {}
-        self.anchor = [_anchor(view, anchor.get(key)) for key, view in views.items()] if how.proximal else []
+        self.anchor = [
+            view.detach().clone() if key not in anchor else cohort.expanded(work.slot, key, anchor[key].to(view))
+            for key, view in views.items()
+        ] if how.proximal else []  # fmt: skip
         self.optimizer = torch.optim.AdamW(
             self.views, lr=how.learning_rate, betas=how.betas, weight_decay=how.weight_decay, fused=True
         )
-        total = sum(1 for _ in minibatches(work, how)) if how.schedule != "constant" else None
-        self.schedule = get_scheduler(how.schedule, self.optimizer, how.warmup, total)
+        self.schedule = _schedule(self.optimizer, work, how)
 
     def zero(self) -> None:
         for view in self.views:
@@ -259,3 +251,12 @@ class _Learner:
             torch.nn.utils.clip_grad_norm_(self.views, self.how.clip)
         self.optimizer.step()
         self.schedule.step()
+
+
+def _schedule(optimizer: torch.optim.Optimizer, work: Work, how: Optimization) -> torch.optim.lr_scheduler.LRScheduler:
+    """The learning rate's schedule over one round."""
+    if how.schedule == "constant":
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1)
+    from transformers.optimization import get_scheduler  # it imports PEFT, 2 s that a client's every call would pay
+
+    return get_scheduler(how.schedule, optimizer, how.warmup, sum(1 for _ in minibatches(work, how)))

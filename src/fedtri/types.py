@@ -36,6 +36,15 @@ def only(factors: Factors, kinds: frozenset[str]) -> dict[Key, Tensor]:
 
 
 @dataclass(frozen=True)
+class Split:
+    """Row indices of one client in the pool."""
+
+    train: Int[np.ndarray, "n_train"]
+    validation: Int[np.ndarray, "n_validation"]
+    test: Int[np.ndarray, "n_test"]
+
+
+@dataclass(frozen=True)
 class Plan:
     """What learns, what goes up and what comes down in one round.
 
@@ -237,6 +246,21 @@ class Answer:
     reply: Reply
     up: int
     down: int
+    seconds: float | None = None
+    """From sending the task to reading the reply, where that is measured."""
+    retries: int = 0
+    """How often the client had to be asked again."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A client that was asked and has no usable answer, and why, in one line that names it."""
+
+    client: str
+    reason: str
+    refused: bool = False
+    """Whether it did answer, with what cannot be accepted; else it is late, gone, or said that it failed."""
+    retries: int = 0
 
 
 @runtime_checkable
@@ -244,9 +268,9 @@ class Transport(Protocol):
     """Carries tasks to clients and replies back; both directions pass through the wire format."""
 
     def clients(self) -> list[str]:
-        """The ids of the clients that can be asked, sorted."""
+        """The ids of the clients that can be asked now, sorted; on a network it waits until there are enough."""
         ...
 
-    def exchange(self, tasks: Sequence[Task]) -> list[Answer]:
-        """Ask every task's client; answers in any order."""
+    def exchange(self, tasks: Sequence[Task]) -> Sequence[Answer | Failure]:
+        """Ask every task's client; answers in any order, and a failure where there is none or one too many."""
         ...

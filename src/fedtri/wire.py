@@ -2,11 +2,14 @@
 
 No name travels: both ends derive the order of tensors from the same Layout, whose digest stands in the header. What
 is read is checked against the shapes the reader expects before anything is allocated; nothing is ever unpickled.
+
+int8 numbers are round(x / s) with one scale s = max|x| / 127 a tensor, sent as float32 before them.
 """
 
 import hashlib
 import json
 import math
+import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -28,8 +31,13 @@ DTYPES: dict[str, tuple[int, torch.dtype]] = {
     "float16": (1, torch.float16),
     "bfloat16": (2, torch.bfloat16),
     "float64": (3, torch.float64),
+    "int8": (4, torch.int8),
 }
 Shapes = Mapping[Key, tuple[int, ...]]
+SCALE = struct.Struct("<f")
+MOST_META = 4096
+"""Bytes the metrics of a message may take: a parser's memory is many times its input."""
+METRIC = re.compile(r"[a-z][a-z0-9_]{0,31}")
 
 
 @dataclass(frozen=True)
@@ -57,8 +65,11 @@ def parse_key(name: str) -> Key:
     return Key(layer, factor)
 
 
-def encode(message: Message, layout: Layout, dtype: str = "float32") -> bytes:
-    """One buffer: 49 bytes of header, 13 to 17 a run of equal shapes, the JSON of the metrics, the numbers."""
+def encode(message: Message, layout: Layout, dtype: str = "float32", seal: bytes = b"") -> bytes:
+    """One buffer: 49 bytes of header, 13 to 17 a run of equal shapes, the JSON of the metrics, the numbers.
+
+    `seal` stands for what else both ends must agree on (configuration, run, client): it goes into the header's digest.
+    """
     code, torch_dtype = DTYPES[dtype]
     order = layout.keys(frozenset(FACTORS))
     positions = {key: i for i, key in enumerate(order)}
@@ -74,19 +85,22 @@ def encode(message: Message, layout: Layout, dtype: str = "float32") -> bytes:
     meta = _metrics(message.metrics)
     body = struct.pack("<I", len(runs)) + bytes(runs) + meta + message.sketch + numbers
     fields = (
-        MAGIC, VERSION, PHASES.index(message.phase), code, message.round, _digest(layout),
+        MAGIC, VERSION, PHASES.index(message.phase), code, message.round, _digest(layout, seal),
         message.num_examples, len(meta), len(message.sketch), len(numbers),
     )  # fmt: skip
     check = hashlib.blake2b(HEADER.pack(*fields, b"\0" * 8) + body, digest_size=8).digest()
     return HEADER.pack(*fields, check) + body
 
 
-def decode(data: bytes, layout: Layout, shapes: Shapes) -> Message:
-    """The message in a buffer; every tensor must be one of `shapes`, of that very shape.
+def decode(data: bytes, layout: Layout, shapes: Shapes, seal: bytes = b"", limit: int | None = None) -> Message:
+    """The message in a buffer of at most `limit` bytes; every tensor must be one of `shapes`, of that very shape.
 
-    Raises FedtriError in one line on a truncated or altered buffer, another version, another model's layout, a key
-    or shape that is not expected, or metrics that are not named numbers. Half-precision numbers come back as float32.
+    Raises FedtriError in one line on a truncated or altered buffer, another version, another model's layout or seal,
+    a key or shape that is not expected, or metrics that are not named numbers. Half precision and int8 come back as
+    float32.
     """
+    if limit is not None and len(data) > limit:
+        raise FedtriError(f"wire: expected at most {limit} bytes, got {len(data)}")
     if len(data) < HEADER.size + 4:
         raise FedtriError(f"wire: expected at least {HEADER.size + 4} bytes, got {len(data)}")
     magic, version, phase, code, round_, digest, examples, n_meta, n_sketch, n_numbers, check = HEADER.unpack_from(data)
@@ -102,10 +116,9 @@ def decode(data: bytes, layout: Layout, shapes: Shapes) -> Message:
     body = memoryview(data)[HEADER.size :]
     if hashlib.blake2b(blank + body, digest_size=8).digest() != check:
         raise FedtriError("wire: the checksum does not match: the buffer was altered on its way")
-    if digest != _digest(layout):
-        raise FedtriError(
-            "wire: the buffer is of another model, head or targets; give both ends the same configuration"
-        )
+    if digest != _digest(layout, seal):
+        among = "model, head, targets, configuration, run or client" if seal else "model, head or targets"
+        raise FedtriError(f"wire: the buffer is of another {among}; give both ends the same configuration")
     if phase >= len(PHASES):
         raise FedtriError(f"wire: unknown phase {phase}")
     torch_dtype = next((d for c, d in DTYPES.values() if c == code), None)
@@ -117,16 +130,37 @@ def decode(data: bytes, layout: Layout, shapes: Shapes) -> Message:
     at += n_runs + n_meta
     sketch = bytes(body[at : at + n_sketch])
     numbers = body[at + n_sketch :]
-    width = torch_dtype.itemsize
-    if sum(math.prod(shape) for shape in present.values()) * width != len(numbers):
+    if sum(_size(shape, torch_dtype) for shape in present.values()) != len(numbers):
         raise FedtriError(f"wire: the tensors announced do not fill the {len(numbers)} bytes of numbers")
     factors, at = {}, 0
     for key, shape in present.items():
-        size = math.prod(shape) * width
-        flat = torch.frombuffer(bytearray(numbers[at : at + size]), dtype=torch_dtype)
-        factors[key] = (flat.float() if width < 4 else flat).reshape(shape)
+        size = _size(shape, torch_dtype)
+        factors[key] = _read_tensor(numbers[at : at + size], torch_dtype).reshape(shape)
         at += size
     return Message(PHASES[phase], round_, factors, examples, metrics, sketch)
+
+
+def most_bytes(shapes: Shapes, dtype: str = "float32", sketch: int = 0) -> int:
+    """The longest buffer that a message with these tensors, any metrics and such a sketch can be."""
+    numbers = sum(_size(shape, DTYPES[dtype][1]) for shape in shapes.values())
+    runs = sum(9 + 4 * len(shape) for shape in shapes.values())
+    return HEADER.size + 4 + runs + MOST_META + sketch + numbers
+
+
+def check_norms(factors: Factors, bound: float) -> None:
+    """Raises FedtriError where a tensor has a norm that is not finite or above `bound`."""
+    for key, value in factors.items():
+        norm = float(torch.linalg.vector_norm(value.double()))
+        if not norm <= bound:
+            raise FedtriError(
+                f"wire: {key.factor} of {key.layer} has norm {norm:.3g}, expected a finite one up to {bound:g}"
+            )
+
+
+def quantized(tensor: Tensor, dtype: str) -> Tensor:
+    """The tensor as the other end will read it: what sending it in this number type makes of it."""
+    data = _raw(tensor, DTYPES[dtype][1])
+    return _read_tensor(memoryview(data), DTYPES[dtype][1]).reshape(tensor.shape)
 
 
 def payload_bytes(factors: Factors, dtype: str = "float32") -> int:
@@ -135,11 +169,33 @@ def payload_bytes(factors: Factors, dtype: str = "float32") -> int:
 
 
 def _raw(tensor: Tensor, dtype: torch.dtype) -> bytes:
-    return tensor.detach().to(device="cpu", dtype=dtype).contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    tensor = tensor.detach().cpu()
+    if dtype != torch.int8:
+        return tensor.to(dtype).contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    scale = float(tensor.abs().amax()) / 127 if tensor.numel() else 0.0
+    if not math.isfinite(scale):  # a diverged client says so: all of the tensor is read as NaN
+        return SCALE.pack(math.nan) + bytes(tensor.numel())
+    (scale,) = SCALE.unpack(SCALE.pack(scale))
+    steps = torch.zeros_like(tensor) if scale == 0 else (tensor / scale).round().clamp(-127, 127)
+    return SCALE.pack(scale) + steps.to(torch.int8).contiguous().numpy().tobytes()
 
 
-def _digest(layout: Layout) -> bytes:
-    return hashlib.blake2b(repr(layout).encode(), digest_size=8).digest()
+def _read_tensor(data: memoryview, dtype: torch.dtype) -> Tensor:
+    """The flat numbers of one tensor, float32 or wider."""
+    if dtype != torch.int8:
+        flat = torch.frombuffer(bytearray(data), dtype=dtype)
+        return flat.float() if dtype.itemsize < 4 else flat
+    (scale,) = SCALE.unpack_from(data)
+    return torch.frombuffer(bytearray(data[SCALE.size :]), dtype=torch.int8).float() * scale
+
+
+def _size(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    """Bytes of one tensor's numbers."""
+    return math.prod(shape) * dtype.itemsize + (SCALE.size if dtype == torch.int8 else 0)
+
+
+def _digest(layout: Layout, seal: bytes) -> bytes:
+    return hashlib.blake2b(repr(layout).encode() + seal, digest_size=8).digest()
 
 
 def _read_runs(runs: memoryview, layout: Layout, shapes: Shapes) -> dict[Key, tuple[int, ...]]:
@@ -174,12 +230,16 @@ def _metrics(metrics: Mapping[str, float]) -> bytes:
 def _read_metrics(text: bytes) -> dict[str, float]:
     if not text:
         return {}
+    if len(text) > MOST_META:
+        raise FedtriError(f"wire: the metrics take {len(text)} bytes, expected at most {MOST_META}")
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):
         raise FedtriError("wire: the metrics are not JSON") from None
     if not isinstance(found, dict) or not all(isinstance(v, int | float) for v in found.values()):
         raise FedtriError("wire: the metrics are not named numbers")
+    if any(not METRIC.fullmatch(name) for name in found):
+        raise FedtriError("wire: a metric's name is not a short word of lower-case letters, digits and underscores")
     try:
         return {str(k): float(v) for k, v in found.items()}
     except OverflowError:

@@ -1,14 +1,16 @@
 """Where examples come from, one file a source; partition.py deals them to clients."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from fedtri.data import ag_news, docstrings, glue, hub, tables
+from fedtri.data import ag_news, digits, docstrings, glue, hub, tables
 from fedtri.data.pool import Pool, Source
 from fedtri.errors import FedtriError
 
 __all__ = ["Pool", "Source", "load_pool"]
+
+EMBEDDED = {"docstrings": docstrings.load, "digits": digits.load}
 
 
 def load_pool(
@@ -18,17 +20,19 @@ def load_pool(
     columns: Mapping[str, str] | None = None,
     limit: int | None = None,
     seed: int = 0,
+    classes: Sequence[str] = (),
 ) -> Pool:
     """All examples that `data` names, as a task makes its pool of them.
 
     Args:
-        data: "docstrings" (the embedded source); a .csv, .tsv, .jsonl, .json or .parquet file; the folder of
-            a GLUE task or of AG News, or one of its files; else a folder or hub name ("name" or
+        data: "docstrings" or "digits" (the embedded sources); a .csv, .tsv, .jsonl, .json or .parquet file; the
+            folder of a GLUE task or of AG News, or one of its files; else a folder or hub name ("name" or
             "name:config") that `datasets.load_dataset` takes.
         made: The task's way from a source to a pool.
         columns: The column of each role; see `pool.ROLES` for the defaults. With any given, GLUE and AG News are
             read as ordinary tables. Label ids follow the labels' sorted order, whole numbers by value.
         limit: At most so many examples, drawn at random with `seed`.
+        classes: Where the data are one site's share of a federation's: all of its classes, in the order of their ids.
 
     Raises:
         FedtriError: Naming the file, key or column, what was expected and what was found.
@@ -39,20 +43,21 @@ def load_pool(
         raise FedtriError(f"{source.where}: holds no examples, expected one a row; check the file")
     if twice := [name for name in found if found.count(name) > 1]:
         raise FedtriError(f'{source.where}: column "{twice[0]}" occurs more than once; rename one of them')
-    return made(replace(source, limit=limit, seed=seed))
+    return made(replace(source, limit=limit, seed=seed, classes=tuple(classes)))
 
 
 def source_of(data: str, columns: Mapping[str, str]) -> Source:
     """The table `data` names, before any check of its contents."""
-    if data == "docstrings":
+    if data in EMBEDDED:
         if columns:
-            raise FedtriError('data "docstrings" has its own columns; leave out [columns]')
-        return docstrings.load()
+            raise FedtriError(f'data "{data}" has its own columns; leave out [columns]')
+        return EMBEDDED[data]()
     path = Path(data).expanduser()
     if not columns and (known := glue.find(path) or ag_news.find(path)):
         return known
     if path.is_file():
-        return Source(path.stem, str(path), tables.read(path), columns)
+        table = tables.read(path)
+        return Source(path.stem, str(path), table, columns, hub.class_names(hub.described(table.schema)))
     if not path.exists() and (path.suffix.lower() in tables.READERS or path.is_absolute() or data.startswith(".")):
         raise FedtriError(f'data "{data}": no such file or folder (looked for {path.absolute()}); check the path')
     return hub.load(str(path) if path.exists() else data, columns)

@@ -40,12 +40,12 @@ class Pool:
     name: str
     table: datasets.Dataset
     label_names: tuple[str, ...] = ()
-    """The names of the classes (or of the domains, for a task that predicts no class); empty where there are none."""
+    """The names of the classes (or of words' tags, or of domains); empty where there are none."""
 
     @property
     def labels(self) -> Int[np.ndarray, "rows"] | None:
-        """The class of each example; None where there are none."""
-        return np.asarray(self.table["label"]) if self.label_names else None
+        """The class of each example; None where an example as a whole has none."""
+        return np.asarray(self.table["label"]) if "label" in self.table.column_names else None
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,8 @@ class Source:
     limit: int | None = None
     """At most so many examples, drawn with `seed`."""
     seed: int = 0
+    classes: tuple[str, ...] = ()
+    """All classes of a federation in the order of their ids, where the table is one site's share of its data."""
 
 
 def column(source: Source, role: str) -> str:
@@ -113,6 +115,9 @@ def labels(source: Source, name: str) -> tuple[np.ndarray, tuple[str, ...]]:
                 f"whole number, got {value!r}; fill the row in or remove it, or name another columns.label"
             )
     names = source.names.get(name) or {value: str(value) for value in in_order(set(values))}
+    if source.classes:  # a site may hold some of them alone
+        known = {text: value for value, text in names.items()}
+        names = {known.get(text, text): text for text in source.classes}
     ids = {value: id for id, value in enumerate(names)}
     if unknown := set(values) - ids.keys():
         raise FedtriError(
@@ -140,15 +145,15 @@ def made(
 ) -> Pool:
     """The pool of columns by role, of which the source's limit is drawn; the columns `used` for them are left out.
 
-    Raises FedtriError for a limit below 2, and where the labels are what is learned (`classifies`), for fewer than
-    two labels and for a label seen once.
+    Raises FedtriError for a limit below 2, and where the labels are what is learned (`classifies`) and the table is no
+    site's share, for fewer than two labels and for a label seen once.
     """
     further = [name for name in source.table.column_names if name not in {*columns, *used}]
     table = pa.table({**columns, **{name: source.table[name] for name in further}})
     if source.limit is not None:
         table = table.take(sample(table.num_rows, source.limit, source.seed))
     pool = Pool(source.name, datasets.Dataset(table), label_names)
-    if classifies:
+    if classifies and not source.classes:
         _check_labels(source, pool)
     return pool
 

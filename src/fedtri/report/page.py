@@ -15,7 +15,7 @@ from plotly.offline import get_plotlyjs
 
 from fedtri import rundir
 from fedtri.errors import FedtriError
-from fedtri.report import figures, overview, tables
+from fedtri.report import figures, network, overview, tables
 from fedtri.report.colours import DARK, LIGHT, PAGE_DARK, PAGE_LIGHT
 from fedtri.report.names import amount, duration, paper_name, points, share
 from fedtri.report.reading import Run, number
@@ -45,6 +45,8 @@ def of_run(run: Run) -> str:
         facts(run),
         drawings(figures.of_run(run)),
         "<h2>Each client</h2>" + static(clients(run)) if run.clients else "",
+        titled("On the network", network.latency(run)),
+        titled("What went wrong", network.events(run)),
         _source("The whole configuration", run.folder / "config.toml"),
         _source("Versions and machine", run.folder / "environment.json"),
     ]
@@ -190,6 +192,11 @@ def drawings(found: Mapping[str, go.Figure]) -> str:
         + "".join(_drawing(name, figure) for name, figure in found.items())
         + "</div>"
     )
+
+
+def titled(title: str, table: pd.DataFrame) -> str:
+    """A table under its title, nothing where it is empty."""
+    return f"<h2>{escape(title)}</h2>" + static(table) if len(table) else ""
 
 
 def static(table: pd.DataFrame, caption: str = "") -> str:

@@ -20,7 +20,7 @@ SPREADS = ("accuracy", "accuracy_local", "test_loss", "test_loss_local")
 WAYS = ("up", "down", "sketch")
 PHASES = ("sketch", "train", "aggregate", "evaluate")
 EXPECTED = ("loss", "accuracy", "accuracy_local", "bytes", "seconds")
-ITEM_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+ITEM_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 
 COMPARISON = "compare.json"
 """What a comparison's folder is known by, and the order of its runs."""

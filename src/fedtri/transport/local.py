@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from fedtri import sketch, wire
-from fedtri.client import Site, client_update
+from fedtri.client import Site, client_update, rounded
 from fedtri.types import POOLED, Answer, Key, Reply, Task
 
 
@@ -38,7 +38,7 @@ class LocalTransport:
             message = wire.Message(
                 phase=received[0].phase,
                 round=reply.round,
-                factors=reply.up,
+                factors=rounded(self.site.store, reply, self.dtype).up,
                 num_examples=reply.num_examples,
                 metrics=reply.metrics,
                 sketch=b"" if reply.sketch is None else sketch.encode(reply.sketch),

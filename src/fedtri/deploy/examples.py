@@ -1,0 +1,117 @@
+"""A site's own examples: read and tokenised once, split by the site's seed, kept on its disk until they change."""
+
+import hashlib
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import numpy as np
+
+from fedtri.config import Config
+from fedtri.errors import FedtriError
+from fedtri.store import write_atomic
+from fedtri.tasks import Examples, Recipe
+from fedtri.types import Split
+
+
+@dataclass(frozen=True)
+class Found:
+    """A site's examples, the client's split of them, and where the sketch of them is (to be) kept."""
+
+    examples: Examples
+    split: Split
+    sketch: Path
+
+
+def load(config: Config, client: str, cache: Path, recipe: Recipe, processor: Any) -> Found:
+    """The site's examples, from the cache where data, model and settings are those that it was made of."""
+    name = digest(config, client)
+    path = cache / f"{name}.npz"
+    if recipe.kept is None:
+        made = _made(config, recipe, processor)
+        return Found(made, _split(config, client, len(made.lengths)), path.with_suffix(".sketch"))
+    if not path.exists():
+        made = _made(config, recipe, processor)
+        _write(path, {**flat(made, "examples."), **flat(_split(config, client, len(made.lengths)), "split.")})
+    with np.load(path, allow_pickle=False) as file:
+        arrays = {key: file[key] for key in file.files}
+    return Found(
+        whole(recipe.kept, arrays, "examples."), whole(Split, arrays, "split."), path.with_suffix(".sketch")
+    )
+
+
+def digest(config: Config, client: str) -> str:
+    """A name that changes with the data, the model's files and what the examples and the sketch are made with."""
+    said = {
+        "client": client,
+        "files": [_state(config.data), _state(config.model)],
+        "task": [config.task, config.task_options, config.columns.model_dump(), config.max_length],
+        "split": [config.split.model_dump(), config.data_options.model_dump(), config.seed],
+        "labels": config.network.labels,
+    }
+    return hashlib.blake2b(json.dumps(said).encode(), digest_size=12).hexdigest()
+
+
+def flat(value: object, prefix: str) -> dict[str, np.ndarray]:
+    """A dataclass of arrays, numbers and such dataclasses as one table of arrays; what is None is left out."""
+    table: dict[str, np.ndarray] = {}
+    for part in (part for part in fields(value) if part.init):  # pyright: ignore[reportArgumentType]
+        own = getattr(value, part.name)
+        if is_dataclass(own):
+            table |= flat(own, f"{prefix}{part.name}.")
+        elif own is not None:
+            table[prefix + part.name] = np.asarray(own)
+    return table
+
+
+def whole(kind: type[Any], table: Mapping[str, np.ndarray], prefix: str) -> Any:
+    """The inverse of `flat`."""
+    hints, values = get_type_hints(kind), {}
+    for name in (part.name for part in fields(kind) if part.init):
+        inner = next((t for t in (hints[name], *get_args(hints[name])) if is_dataclass(t)), None)
+        own = table.get(prefix + name)
+        if inner is not None:
+            there = any(key.startswith(f"{prefix}{name}.") for key in table)
+            values[name] = whole(inner, table, f"{prefix}{name}.") if there else None  # pyright: ignore[reportArgumentType]
+        else:
+            values[name] = own.item() if own is not None and own.ndim == 0 else own
+    return kind(**values)
+
+
+def _made(config: Config, recipe: Recipe, processor: Any) -> Examples:
+    from fedtri.data import load_pool  # 1 s to import, and only the first call needs it
+    from fedtri.federation import columns
+
+    pool = load_pool(
+        config.data, recipe.pool, columns=columns(config), limit=config.data_options.limit, seed=config.seed,
+        classes=config.network.labels,
+    )  # fmt: skip
+    if list(pool.label_names) != config.network.labels:
+        raise FedtriError(
+            f"network.labels: {config.data} holds the classes {', '.join(pool.label_names) or '(none)'}, expected "
+            f"{', '.join(config.network.labels) or 'none'}; give all sites the same"
+        )
+    return recipe.examples(pool, processor, config.max_length)
+
+
+def _split(config: Config, client: str, rows: int) -> Split:
+    from fedtri.data.partition import split
+
+    shares = (config.split.train, config.split.validation, config.split.test)
+    return split("site", client, np.arange(rows), config.seed, shares)
+
+
+def _write(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)  # pyright: ignore[reportArgumentType]
+    write_atomic(path, buffer.getvalue())
+
+
+def _state(name: str) -> list[object]:
+    """A file's or folder's path, sizes and times of change; of anything else the name alone."""
+    path = Path(name).expanduser()
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path] if path.is_file() else []
+    return [name, [[str(p), (s := p.stat()).st_size, s.st_mtime_ns] for p in files]]

@@ -1,0 +1,80 @@
+"""Which of a site's files were current after each phase of a run: so a round can be asked again, and is the same.
+
+A server that was killed resumes at its last checkpoint and asks for a round that the site has done already. The site
+then goes back to its own state before that round. It keeps as many rounds as the server keeps checkpoints.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+from fedtri.checkpoint import KEPT
+from fedtri.errors import FedtriError
+from fedtri.store import ClientStore, Saved, write_atomic
+from fedtri.types import Phase
+
+Moment = tuple[int, int]
+"""(rounds finished, 0 after training or 1 after delivery): the order in which a client's state changes."""
+NOTHING: Moment = (0, 0)
+
+
+def moment(phase: Phase, round: int) -> Moment:
+    """When this phase of this round (from 0, as tasks count) ends."""
+    return (round + 1, 0) if phase == "train" else (round, 1)
+
+
+class Journal:
+    """One client's states in one run, under a folder of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.path = folder, folder / "journal.json"
+        self.states: dict[Moment, dict[str, Saved]] = {NOTHING: {}}
+        if self.path.exists():
+            self.states = _read(self.path)
+
+    def before(self, when: Moment) -> ClientStore:
+        """The client's files as they were before this moment; what came later is forgotten.
+
+        Raises FedtriError where the round lies further back than is kept.
+        """
+        earlier = [one for one in self.states if one < when]
+        if not earlier:
+            raise FedtriError(
+                f"{self.path}: round {when[0]} is asked for, but states are kept from round {min(self.states)[0] + 1} "
+                "on; the server must resume from a later checkpoint"
+            )
+        last = max(earlier)
+        self.states = {one: files for one, files in self.states.items() if one <= last}
+        self._write()
+        return ClientStore(self.folder, self.states[last])
+
+    def commit(self, when: Moment, store: ClientStore) -> None:
+        """Remember the store's current files as the state at this moment, and drop what is no longer needed."""
+        self.states[when] = dict(store.current)
+        needed = max((one for one in self.states if one < (when[0] - KEPT + 1, 0)), default=min(self.states))
+        self.states = {one: files for one, files in self.states.items() if one >= needed}
+        self._write()
+        store.prune({saved.file for files in self.states.values() for saved in files.values()})
+
+    def newest(self) -> ClientStore:
+        """The client's files as they are now."""
+        return ClientStore(self.folder, self.states[max(self.states)])
+
+    def _write(self) -> None:
+        rows = [
+            {"round": round, "delivered": part, "files": {name: asdict(saved) for name, saved in files.items()}}
+            for (round, part), files in sorted(self.states.items())
+        ]
+        write_atomic(self.path, json.dumps(rows).encode())
+
+
+def _read(path: Path) -> dict[Moment, dict[str, Saved]]:
+    try:
+        rows: list[Mapping[str, object]] = json.loads(path.read_text())
+        return {
+            (int(row["round"]), int(row["delivered"])): {n: Saved(**f) for n, f in row["files"].items()}  # pyright: ignore
+            for row in rows
+        } or {NOTHING: {}}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise FedtriError(f"{path}: cannot be read: {error}; move the folder away to start this client anew") from None

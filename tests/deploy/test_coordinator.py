@@ -1,0 +1,198 @@
+"""Laws of the server's half of a network run: what a client does wrong is named, and the others' run goes on."""
+
+import json
+import math
+import re
+import struct
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from deploy.grid import CLIENTS, Grid, Record, Sites, terms
+from fedtri import wire
+from fedtri.deploy import coordinator, site
+from fedtri.errors import FedtriError
+from fedtri.transport.flower_calls import BODY, FAILED, Called
+from fedtri.types import Factors, Key
+
+BAD = "b"
+NUMBERS = struct.calcsize("<2sBBBI8sIII")
+"""Where the header says how many bytes of numbers there are."""
+
+
+def lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "run" / "rounds.jsonl").read_text().splitlines()]
+
+
+def sent_again(change: Callable[[Factors, site.Opened], Factors]) -> Callable:
+    """A client that seals other factors as its own."""
+
+    def answer(call: Called, opened: site.Opened, record: Record) -> list[Record]:
+        own = terms(opened, call)
+        shapes = own.layout.shapes(opened.config.rank)
+        said = wire.decode(record[BODY], own.layout, shapes, own.seal(BAD))
+        return [{BODY: own.encode(replace(said, factors=change(said.factors, opened)), BAD)}]
+
+    return answer
+
+
+def altered(change: Callable[[bytes], bytes]) -> Callable:
+    """A client whose buffer is changed on its way."""
+    return lambda call, opened, record: [{BODY: change(record[BODY])}]
+
+
+def terabytes(data: bytes) -> bytes:
+    return data[:NUMBERS] + struct.pack("<Q", 1 << 42) + data[NUMBERS + 8 :]
+
+
+def cut(factors: Factors, _: site.Opened) -> Factors:
+    return {key: value[:, :-1] if key.factor == "A" else value for key, value in factors.items()}
+
+
+def other_method(factors: Factors, opened: site.Opened) -> Factors:
+    return {Key(layer.name, "C"): torch.eye(3) for layer in opened.site.cohort.layout.layers}
+
+
+class Replayed:
+    """A client that answers with what it has answered a round ago."""
+
+    def __init__(self) -> None:
+        self.last: Record = {}
+
+    def __call__(self, call: Called, opened: site.Opened, record: Record) -> list[Record]:
+        before, self.last = self.last, record
+        return [before or record]
+
+
+def unheard(call: Called, opened: site.Opened, record: Record) -> list[Record]:
+    return []
+
+
+HOSTILE: dict[str, tuple[Callable, str, str]] = {
+    "NaN": (sent_again(lambda f, _: {k: v * math.nan for k, v in f.items()}), "refused", "norm nan"),
+    "too large": (sent_again(lambda f, _: {k: v + 1e6 for k, v in f.items()}), "refused", "expected a finite one up to"),
+    "wrong shape": (sent_again(cut), "refused", r"has shape \(3, 15\), expected \(3, 16\)"),
+    "another method's factors": (sent_again(other_method), "refused", "expected that it does not travel"),
+    "a tensor missing": (sent_again(lambda f, _: dict(list(f.items())[1:])), "refused", "1 expected tensors are missing"),
+    "a header of terabytes": (altered(terabytes), "refused", "it was cut or altered"),
+    "cut short": (altered(lambda data: data[:-7]), "refused", "it was cut or altered"),
+    "one bit turned": (altered(lambda data: data[:-1] + bytes([data[-1] ^ 1])), "refused", "checksum does not match"),
+    "too long": (altered(lambda data: data + bytes(1 << 20)), "refused", "expected at most [0-9]+ bytes, got 10"),
+    "nothing": (lambda *_: [{}], "refused", "holds no buffer"),
+    "text": (lambda *_: [{BODY: "<script>"}], "refused", "holds no buffer"),
+    "a forged stage": (lambda *_: [{FAILED: "<script>alert()</script>"}], "refused", "holds no buffer"),
+    "what Flower cannot read": (lambda *_: [ValueError("secret")], "refused", r"Flower cannot read \(ValueError\)$"),
+    "two answers": (lambda call, opened, record: [record, record], "refused", "answered twice"),
+    "a failure": (lambda *_: [{FAILED: "reading its data"}], "failed", "failed while reading its data; the reason is in"),
+    "no answer": (unheard, "failed", "no answer within 1 s"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def misled(lab, tmp_path_factory) -> tuple[Path, Grid]:
+    """A run of FedIT in whose every round but the first client b does something else that is wrong."""
+    sites = Sites(tmp_path_factory.mktemp("hostile"), lab)
+    grid = Grid(sites)
+    scripts = iter([None, *(script for script, *_ in HOSTILE.values())])
+    replayed = Replayed()
+
+    def scripted(call: Called, opened: site.Opened, record: Record) -> list:
+        if struct.unpack_from("<B", call.data, 3)[0] == wire.PHASES.index("evaluate"):
+            return [record]
+        if (script := next(scripts, replayed)) is None:
+            replayed(call, opened, record)
+            return [record]
+        return script(call, opened, record)
+
+    grid.scripts[BAD] = scripted
+    path = sites.configure(method="fedit", rounds=len(HOSTILE) + 2, network={"retries": 0})
+    coordinator.lead(path, grid, {})
+    return sites.folder, grid
+
+
+@pytest.mark.parametrize("number", range(len(HOSTILE)), ids=list(HOSTILE))
+def test_what_a_client_does_wrong_is_named_and_the_others_round_goes_on(misled, number):
+    """Each seen to be accepted with its own check taken out."""
+    folder, _ = misled
+    name, (_, kind, why) = list(HOSTILE.items())[number]
+    line = lines(folder)[number + 1]
+    said = line["refused"] if kind == "refused" else list(line["failed"].values())
+    assert len(said) == 1
+    assert said[0].startswith(f"{BAD}: ")
+    assert re.search(why, said[0]), said
+    assert set(line["bytes"]["up"]) >= set(CLIENTS) - {BAD}
+    assert said[0].removeprefix(f"{BAD}: ") in (folder / "run" / "run.log").read_text(), name
+
+
+def test_the_answer_to_an_old_round_is_refused(misled):
+    folder, _ = misled
+    (said,) = lines(folder)[-1]["refused"]
+    assert re.fullmatch(rf"{BAD}: wire: the reply is to train of round 1, expected train of round {len(HOSTILE) + 2}", said)
+
+
+def test_the_report_names_what_went_wrong(misled):
+    folder, _ = misled
+    page = (folder / "run" / "report.html").read_text()
+    assert "no answer within 1 s" in page
+    assert "norm nan" in page
+
+
+def test_the_run_ends_with_a_summary_like_any_other(misled):
+    folder, _ = misled
+    said = json.loads((folder / "run" / "summary.json").read_text())
+    assert (said["rounds"], said["clients"], said["method"]) == (len(HOSTILE) + 2, 4, "fedit")
+    assert said["bytes"]["up_per_client_round"] > said["bytes"]["payload_up_per_client_round"] > 0
+
+
+def test_another_clients_answer_is_refused(lab, tmp_path):
+    """b sends what a has sent: the seal is a's."""
+    sites = Sites(tmp_path, lab)
+    grid, heard = Grid(sites), {}
+
+    def listening(call: Called, opened: site.Opened, record: Record) -> list[Record]:
+        heard.update(record)
+        return [record]
+
+    grid.scripts = {"a": listening, BAD: lambda *_: [dict(heard)]}
+    coordinator.lead(sites.configure(method="fedit", rounds=1, network={"retries": 0}), grid, {})
+    assert "another model, head, targets, configuration, run or client" in lines(tmp_path)[0]["refused"][0]
+
+
+def test_a_client_that_failed_is_asked_again(lab, tmp_path):
+    sites = Sites(tmp_path, lab)
+    grid, tries = Grid(sites), []
+
+    def once(call: Called, opened: site.Opened, record: Record) -> list[Record]:
+        tries.append(record)
+        return [{FAILED: "at work on train"} if len(tries) == 1 else record]
+
+    grid.scripts = {BAD: once}
+    coordinator.lead(sites.configure(method="fedit", rounds=1, network={"deadline": 5.0}), grid, {})
+    (line,) = lines(tmp_path)
+    assert line["retries"] == {BAD: 1}
+    assert "failed" not in line
+    assert BAD in line["bytes"]["up"]
+
+
+def test_a_round_without_a_quorum_is_tried_again_and_then_the_run_stops(lab, tmp_path):
+    sites = Sites(tmp_path, lab)
+    grid = Grid(sites, scripts=dict.fromkeys(CLIENTS[1:], lambda *_: [{}]))
+    path = sites.configure(method="fedit", network={"attempts": 2, "minimum": 3})
+    with pytest.raises(FedtriError, match=r"^round 1: 1 replies can be used, expected at least 3; b: wire"):
+        coordinator.lead(path, grid, {})
+
+
+def test_too_few_clients_online_stop_the_run_with_what_to_do(lab, tmp_path):
+    sites = Sites(tmp_path, lab)
+    grid = Grid(sites, offline={"a", "b", "c"})
+    with pytest.raises(FedtriError, match="1 of 4 clients are online after 1 s, expected at least 2"):
+        coordinator.lead(sites.configure(method="fedit"), grid, {})
+
+
+def test_a_method_that_needs_everyones_data_in_one_place_is_refused(lab, tmp_path):
+    sites = Sites(tmp_path, lab)
+    with pytest.raises(FedtriError, match="centralized trains on everyone's data in one place"):
+        coordinator.lead(sites.configure(method="centralized"), Grid(sites), {})

@@ -1,0 +1,138 @@
+"""Laws of a real network: SuperLink, TLS, authenticated SuperNodes as processes of their own, killed and misled."""
+
+import os
+import shutil
+import signal
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import network
+from fedtri import federation
+from fedtri.deploy import certificates
+from fedtri.store import ClientStore
+from fedtri.transport.local import LocalTransport
+from fedtri.types import Answer, Failure, Task
+from network import CLIENTS, Network, wait_for
+from tiny import assert_same, clients_tensors, rounds
+
+pytestmark = [pytest.mark.network, pytest.mark.xdist_group("network"), pytest.mark.timeout(400)]
+
+
+@pytest.fixture(scope="session")
+def net(lab, tmp_path_factory) -> Iterator[Network]:
+    """One SuperLink and four SuperNodes for all tests."""
+    net = Network(tmp_path_factory.mktemp("network") / "fed", lab)
+    try:
+        for client in CLIENTS:
+            net.warm(client)
+        net.start_server()
+        net.script("register")
+        net.start_sites(*CLIENTS)
+        yield net
+    finally:
+        net.stop()
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left_running(net: Network) -> Iterator[None]:
+    yield
+    net.stop_runs()
+
+
+def assert_as_local(net: Network, out: Path, config, tmp_path: Path) -> None:
+    """What every site holds is, bit for bit, what its client holds in one process that trains a client at a time."""
+    data = network.together(net, tmp_path / "all.csv")
+    built = federation.build(network.locally(config, data), ClientStore(tmp_path / "local"))
+    list(rounds(built))
+    assert_same(net.kept(out), clients_tensors(built))
+
+
+@pytest.mark.parametrize("method", ["ce_lora", "fedit"])
+def test_three_rounds_end_bit_for_bit_as_in_one_process(net, method, tmp_path):
+    config = net.configuration(tmp_path / "run", method=method)
+    out = net.run(config)
+    lines = net.finished(out)
+    assert [line["clients"] for line in lines] == [CLIENTS] * 3
+    assert not any(line.get("failed") or line.get("refused") for line in lines)
+    assert all(line["latency"].keys() == set(CLIENTS) for line in lines)
+    assert_as_local(net, out, config, tmp_path)
+
+
+def test_a_server_killed_in_mid_round_ends_as_one_never_stopped(net, tmp_path):
+    """kill -9 of the SuperLink with its app while a client still trains; started again, it asks for that round again."""
+    config = net.configuration(tmp_path / "run", method="ce_lora")
+    out, late = net.run(config), CLIENTS[1]
+    wait_for(lambda: len(network.lines(out)) == 1, 90, lambda: net.log(net.server))
+    seen = net.log(net.site(late)).count("Receiving: train")
+    os.kill(net.worker(late), signal.SIGSTOP)
+    wait_for(lambda: net.log(net.site(late)).count("Receiving: train") > seen, 60)
+    net.kill("server")
+    os.kill(net.worker(late), signal.SIGCONT)
+    assert len(network.lines(out)) == 1
+    net.start_server()
+    net.run(config)
+    assert [line["round"] for line in net.finished(out)] == [1, 2, 3]
+    assert_as_local(net, out, config, tmp_path)
+
+
+class Missing(LocalTransport):
+    """The local transport, without the clients that a line of a real run says did not train."""
+
+    def __init__(self, real: LocalTransport, lines: Sequence[Mapping[str, Any]]) -> None:
+        super().__init__(real.site, real.dtype)
+        self.lines = lines
+
+    def exchange(self, tasks: Sequence[Task]) -> list[Answer | Failure]:
+        there = {task.client for task in tasks}
+        if tasks[0].phase == "train":
+            there = set(self.lines[tasks[0].round]["bytes"]["up"])
+        away = [Failure(task.client, "away") for task in tasks if task.client not in there]
+        return [*super().exchange([task for task in tasks if task.client in there]), *away]
+
+
+def misled(net: Network, folder: Path, file: str, data: bytes) -> str:
+    """Start a site one of whose files is of another federation; its name."""
+    place = shutil.copytree(net.site(CLIENTS[0]), folder / file, ignore=shutil.ignore_patterns("state", "log", "flower"))
+    (place / file).write_bytes(data)
+    net.start(file, place, PORT=str(network.free_port()))
+    return file
+
+
+def test_a_site_killed_and_one_that_hangs_miss_a_round_and_go_on_from_their_own_disks(net, tmp_path):
+    """Who is killed with -9 while it trains, or does not answer in time, is named and costs the others the deadline.
+
+    Meanwhile a node whose key is not registered and one whose server has another certificate are turned away.
+    """
+    hangs, killed = CLIENTS[1], CLIENTS[2]
+    config = net.configuration(tmp_path / "run", method="ce_lora", network={"minimum": 2, "deadline": 30.0}, rounds=5)
+    out = net.run(config)
+    wait_for(lambda: len(network.lines(out)) == 1, 90, lambda: net.log(net.server))
+    seen = net.log(net.site(killed)).count("Receiving: train")
+    for client in (hangs, killed):
+        os.kill(net.worker(client), signal.SIGSTOP)
+    wait_for(lambda: net.log(net.site(killed)).count("Receiving: train") > seen, 60)
+    net.kill(killed)
+    misled(net, tmp_path, "key", certificates.pair()[0])
+    misled(net, tmp_path, "ca.crt", certificates.authority().certificate)
+    wait_for(lambda: len(network.lines(out)) == 2, 60)
+    net.start_sites(killed)
+    lines = net.finished(out)
+    assert lines[-1]["latency"].keys() == set(CLIENTS)
+    late = lines[1]["failed"]
+    assert late.keys() == {hangs, killed}
+    assert late[killed] in (f"{killed}: no answer within 30 s", f"{killed}: went offline")
+    assert late[hangs].startswith((f"{hangs}: no answer within 30 s", f"{hangs}: failed while at work longer than"))
+    assert all(reason in (out / "run.log").read_text() for reason in late.values())
+    assert all(client in (out / "report.html").read_text() for client in late)
+    assert "Failed to activate SuperNode" in net.log(tmp_path / "key")
+    assert "Attempted to register SuperNode with public key" in net.log(net.server)
+    assert "certificate verify failed" in net.log(tmp_path / "ca.crt")
+    built = federation.build(
+        network.locally(config, network.together(net, tmp_path / "all.csv")), ClientStore(tmp_path / "local")
+    )
+    list(rounds(replace(built, transport=Missing(built.transport, lines))))
+    assert_same(net.kept(out), clients_tensors(built))
