@@ -96,9 +96,7 @@ class Missing(LocalTransport):
 
 def misled(net: Network, folder: Path, file: str, data: bytes) -> str:
     """Start a site one of whose files is of another federation; its name."""
-    place = shutil.copytree(
-        net.site(CLIENTS[0]), folder / file, ignore=shutil.ignore_patterns("state", "log", "flower")
-    )
+    place = shutil.copytree(net.site(CLIENTS[0]), folder / file, ignore=shutil.ignore_patterns("state", "log", "flower"))
     (place / file).write_bytes(data)
     net.start(file, place, PORT=str(network.free_port()))
     return file

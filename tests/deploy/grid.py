@@ -30,7 +30,9 @@ def honest(call: Called, opened: site.Opened, record: Record) -> list[Record | E
 def terms(opened: site.Opened, call: Called) -> Terms:
     """What a client's buffers of this run are sealed with."""
     config = opened.config
-    return Terms(opened.site.cohort.layout, config.wire.dtype, config.wire.norm_bound, fingerprint(config), call.run)
+    return Terms(
+        opened.site.cohort.layout, config.wire.dtype, config.wire.norm_bound, fingerprint(config), call.run
+    )
 
 
 @dataclass

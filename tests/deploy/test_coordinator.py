@@ -130,9 +130,7 @@ def test_what_a_client_does_wrong_is_named_and_the_others_round_goes_on(misled, 
 def test_the_answer_to_an_old_round_is_refused(misled):
     folder, _ = misled
     (said,) = lines(folder)[-1]["refused"]
-    assert re.fullmatch(
-        rf"{BAD}: wire: the reply is to train of round 1, expected train of round {len(HOSTILE) + 2}", said
-    )
+    assert re.fullmatch(rf"{BAD}: wire: the reply is to train of round 1, expected train of round {len(HOSTILE) + 2}", said)
 
 
 def test_the_report_names_what_went_wrong(misled):

@@ -38,7 +38,9 @@ def load(config: Config, client: str, cache: Path, recipe: Recipe, processor: An
         _write(path, {**flat(made, "examples."), **flat(_split(config, client, len(made.lengths)), "split.")})
     with np.load(path, allow_pickle=False) as file:
         arrays = {key: file[key] for key in file.files}
-    return Found(whole(recipe.kept, arrays, "examples."), whole(Split, arrays, "split."), path.with_suffix(".sketch"))
+    return Found(
+        whole(recipe.kept, arrays, "examples."), whole(Split, arrays, "split."), path.with_suffix(".sketch")
+    )
 
 
 def digest(config: Config, client: str) -> str:
