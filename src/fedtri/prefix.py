@@ -8,6 +8,7 @@ finds the same numbers. `prepare` tries a model on short texts, and one whose re
 
 import inspect
 import os
+import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -63,7 +64,7 @@ class Prefix:
         assert found is not None
         assert backbone is not None
         self.model, self.backbone, self.routing = model, backbone, routing
-        self._below = list(found[1])[:first]
+        self._below, self._first = list(found[1])[:first], found[1][first]
         self._names = list(inspect.signature(backbone.forward).parameters)
         self._empty()
         for layer in self._below:
@@ -71,7 +72,7 @@ class Prefix:
         self._hooks = [
             self.backbone.register_forward_pre_hook(self._begin, with_kwargs=True),
             self.backbone.register_forward_hook(self._end, always_call=True),
-            found[1][first].register_forward_pre_hook(self._enter, with_kwargs=True),
+            self._first.register_forward_pre_hook(self._enter, with_kwargs=True),
         ]
 
     def _empty(self) -> None:
@@ -117,6 +118,8 @@ class Prefix:
     def ready(self, rows: Rows) -> bool:
         """Whether these examples are kept; those that are to be and are not yet, are computed now."""
         if self._texts is None or (self._group[rows] < 0).any():
+            return False
+        if getattr(self._first, "gradient_checkpointing", False):  # it would be computed again without them
             return False
         for number in np.unique(self._group[rows]):
             if not self._done[number]:
@@ -203,13 +206,14 @@ class Prefix:
             self._folder.mkdir(parents=True, exist_ok=True)
         handle, path = tempfile.mkstemp(prefix="prefix-", dir=self._folder)
         try:
-            os.posix_fallocate(handle, 0, size)
+            free = shutil.disk_usage(path).free  # a mapped file that finds no room later would end the process
+            if size > free:
+                raise FedtriError(
+                    f"simulation.prefix_budget: hidden states of {size >> 20} MB are more than it allows in memory and "
+                    f"{Path(path).parent} has {free >> 20} MB; free some there, or set it to 0 to keep none"
+                )
+            os.truncate(handle, size)
             flat = torch.from_file(path, shared=True, size=self._total * width, dtype=dtype)
-        except (OSError, RuntimeError) as error:
-            raise FedtriError(
-                f"simulation.prefix_budget: {size >> 20} MB of hidden states are more than it allows in memory and "
-                f"have no room in {Path(path).parent}: {error}; free some there, or set it to 0 to keep none"
-            ) from None
         finally:
             os.close(handle)
             os.unlink(path)
