@@ -18,7 +18,7 @@ install: $(VENV)/.installed  ## make .venv with fedtri, the demo model and the d
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,network,dev]'
 	@touch $@
 
 demo: install  ## fine-tune MiniLM across 8 clients with four methods, on two cores in minutes

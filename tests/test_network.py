@@ -63,7 +63,7 @@ def test_three_rounds_end_bit_for_bit_as_in_one_process(net, method, tmp_path):
 
 
 def test_a_server_killed_in_mid_round_ends_as_one_never_stopped(net, tmp_path):
-    """kill -9 of the SuperLink with its app while a client still trains; started again, it asks for that round again."""
+    """kill -9 of the SuperLink with its app while a client trains; started again, it asks for that round again."""
     config = net.configuration(tmp_path / "run", method="ce_lora")
     out, late = net.run(config), CLIENTS[1]
     wait_for(lambda: len(network.lines(out)) == 1, 90, lambda: net.log(net.server))

@@ -1,4 +1,4 @@
-"""`fedtri deploy`: init writes a federation's folder, check says whether a site is ready, export its tuned adapter."""
+"""`fedtri deploy`: init writes a federation's folder, check says whether a site is ready."""
 
 from pathlib import Path
 from typing import Annotated
@@ -32,6 +32,23 @@ def init(
     for site in sites:
         _say(f"site:   copy {site} to its machine; edit node.toml; ./check; ./start")
     _say(f"certificates are for testing: replace {server}/server.pem, server.key and every ca.crt by your own")
+
+
+@app.command()
+def check(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The site's folder, with node.toml, key and ca.crt.")],
+    federation: Annotated[Path, typer.Option(help="The federation's configuration, as the server has it.")],
+    server: Annotated[str, typer.Option(help="Where the server is: HOST:PORT.")],
+) -> None:
+    """Say of settings, key, server, model and data whether they are in order; exit code 2 where one is not."""
+    from fedtri.deploy import check as looking
+
+    bad = 0
+    for finding in looking.check(looking.Place(folder, federation, server)):
+        bad += not finding.ok
+        _say(f"{'ok  ' if finding.ok else 'FAIL'}  {finding.what:<8}  {finding.said}")
+    if bad:
+        raise typer.Exit(2)
 
 
 def _say(text: str) -> None:

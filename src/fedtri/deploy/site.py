@@ -111,7 +111,7 @@ def open_site(config: Config, node: Node) -> Opened:
 
 
 class Office:
-    """A site that answers calls; what one call has opened serves the next, until configuration, model or data change."""
+    """A site that answers calls; what one call has opened serves the next until configuration, model or data change."""
 
     def __init__(self, loading: Callable[[bool], None] = lambda now: None) -> None:
         self._loading = loading
