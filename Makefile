@@ -2,11 +2,12 @@
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
+DATA ?= docstrings
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format clean
+.PHONY: help install demo test check bench format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -31,6 +32,10 @@ check: install  ## formatting, lint, types, and the one-way imports of the desig
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+
+bench: install  ## a 3-minute version of all benchmarks; DATA=PATH takes SST-2 in place of the embedded texts
+	for name in aggregation server_scale; do $(BIN)/python benchmarks/$$name.py --quick || exit; done
+	for name in simulation population overheads; do $(BIN)/python benchmarks/$$name.py --quick --data $(DATA) || exit; done
 
 format: install  ## put the code in shape
 	$(BIN)/ruff format .

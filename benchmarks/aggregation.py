@@ -13,13 +13,12 @@ Calls of all variants take turns; above d = 768 the dense SVD is timed once.
 
 import argparse
 import os
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
+import machine
 import torch
 from torch import Tensor
 
@@ -92,13 +91,6 @@ def measure(clients: tuple[Tensor, Tensor, Tensor], variants: dict[str, Variant]
     return {name: f"{statistics.median(t):.1f} ({min(t):.1f}) ms, {rho[name]:.5f}" for name, t in times.items()}
 
 
-def cpu() -> str:
-    """The processor's name, where the system tells it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-
-
 def main() -> None:
     """Print the table in Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -109,8 +101,8 @@ def main() -> None:
     options = parser.parse_args()
     sizes = [(m, d, r) for d in (768, 4096) for m in (10, 50, 100) for r in (8, 16)]
     print(f"`python {' '.join(sys.argv)}`\n")
-    machine = f"{cpu()}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}"
-    print(f"{machine}, torch {torch.__version__}; float32 factors")
+    about = f"{machine.cpu()}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}"
+    print(f"{about}, torch {torch.__version__}; float32 factors")
     print(f"{options.repeats} calls: median (fastest), ρ\n")
     print("| d | m | r | " + " | ".join(VARIANTS) + " |")
     print("|---|---|---|" + "---|" * len(VARIANTS))

@@ -56,6 +56,20 @@ def base(config) -> torch.nn.Module:
     return AutoModelForSequenceClassification.from_pretrained(config.model, num_labels=3)
 
 
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "llama"])
+def test_an_adapter_of_the_last_layers_alone_is_loaded_on_those(kind, trained):
+    """Seen to fail with the last parts of names as PEFT's target modules."""
+    folder, config = trained(kind, layers="last:1")
+    own = tuned.open_client(folder, CLIENT).factors
+    loaded = PeftModel.from_pretrained(base(config), folder / "adapters" / CLIENT)
+    adapted = {name for name, _ in loaded.named_parameters() if "lora_A" in name}
+    assert {key.layer for key in own if key.factor == "A"} == {
+        name.removeprefix("base_model.model.").removesuffix(".lora_A.default.weight") for name in adapted
+    }
+    expected = by_the_cohort(config, own)
+    torch.testing.assert_close(by(loaded, AutoTokenizer.from_pretrained(config.model)), expected, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize(("kind", "targets"), CHOICES)
 def test_peft_and_the_merged_model_answer_as_the_client_did(kind, targets, trained, tmp_path):
     """Seen to fail with B in place of B·C, without fan_in_fan_out or with a head left out (GPT-2), with the last parts

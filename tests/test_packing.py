@@ -16,11 +16,11 @@ PACKED = {"bert", "roberta", "distilbert", "gpt2", "llama", "mistral", "qwen2", 
 """MPNet has biases by distance of its own, so it goes on with padded batches."""
 
 
-def cohort_of(kind: str) -> adapter.Cohort:
+def cohort_of(kind: str, targets: str = "auto", layers: str = "all") -> adapter.Cohort:
     model = classifier(kind).double()
     head = models.initial_head(model, models.head_layers(model), set(), 0)
     on = adapter.Cohort(
-        model, targets=models.find_targets(model, "auto"), head=models.head_layers(model), clients=2, rank=2
+        model, targets=models.find_targets(model, targets, layers), head=models.head_layers(model), clients=2, rank=2
     )
     for slot in (0, 1):
         factors = {

@@ -1,6 +1,7 @@
 """What the tests are about: tiny models of many architectures, a tokenizer, a data file, whole federations of them."""
 
 import csv
+import json
 import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -9,11 +10,28 @@ from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from PIL import Image
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    CLIPConfig,
+    CLIPModel,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+    ViTConfig,
+    ViTForImageClassification,
+)
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from fedtri import adapter, config, engine, federation
+from fedtri import adapter, config, engine, federation, train
 from fedtri.methods import METHODS
 from fedtri.store import ClientStore
 from fedtri.types import Factors, Key
@@ -75,10 +93,56 @@ def tokenizer(kind: str = "bert") -> PreTrainedTokenizerFast:
     )  # fmt: skip
 
 
+CHAT = (
+    "{% for m in messages %}{{ '[' + m['role'] + '] ' + m['content'] + ' [SEP] ' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '[assistant] ' }}{% endif %}"
+)
+"""A chat template: who speaks, what is said, the end."""
+
+
+def save_language_model(folder: Path, kind: str, *, chat: bool = False) -> Path:
+    """A causal language model of this architecture and its tokenizer, which begins texts with [CLS]."""
+    special = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
+    shape = AutoConfig.for_model(kind, vocab_size=len(VOCABULARY), initializer_range=0.3, **special, **SIZES[kind])
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(shape).save_pretrained(folder)
+    words = tokenizer(kind)
+    words.bos_token, words.eos_token = "[CLS]", "[SEP]"
+    words.chat_template = CHAT if chat else None
+    words.save_pretrained(folder)
+    return folder
+
+
+def save_dialogues(path: Path, rows: int = 120, seed: int = 0) -> Path:
+    """JSON lines of prompts that name a topic, responses of words on it, and the topic."""
+    rng = random.Random(seed)
+    lines = []
+    for i in range(rows):
+        topic = LABELS[i % 3]
+        asked = [*rng.choices(COMMON, k=rng.randint(2, 9)), WORDS[topic][i % 6]]
+        said = rng.choices(WORDS[topic], k=rng.randint(2, 4))
+        lines.append(json.dumps({"prompt": " ".join(asked), "response": " ".join(said), "topic": topic}))
+    path.write_text("\n".join(lines))
+    return path
+
+
+def save_tagged(path: Path, rows: int = 120, seed: int = 0) -> Path:
+    """JSON lines of words and what each is about, "none" for those about nothing."""
+    rng = random.Random(seed)
+    topic_of = {word: topic for topic, words in WORDS.items() for word in words}
+    lines = []
+    for _ in range(rows):
+        words = rng.choices([*COMMON, *topic_of], k=rng.randint(3, 12))
+        lines.append(json.dumps({"tokens": words, "tags": [topic_of.get(word, "none") for word in words]}))
+    path.write_text("\n".join(lines))
+    return path
+
+
 def save_model(folder: Path, kind: str) -> Path:
     """A folder as a user would point `model` at."""
-    classifier(kind).save_pretrained(folder)
-    tokenizer(kind).save_pretrained(folder)
+    for part in IMAGE_MODELS[kind]() if kind in IMAGE_MODELS else (classifier(kind), tokenizer(kind)):
+        part.save_pretrained(folder)
     return folder
 
 
@@ -95,6 +159,106 @@ def save_data(path: Path, rows: int = 120, seed: int = 0) -> Path:
     return path
 
 
+# Models that see images: 8 x 8 pixels, patches of 4.
+
+PATCHES = {**{k: _ENCODER[k] for k in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")},
+           "image_size": 8, "patch_size": 4}  # fmt: skip
+DIGITS: dict[str, Any] = {
+    "data": "digits", "columns": {}, "data_options__limit": 160, "targets": "auto", "steps": 4, "learning_rate": 1e-2,
+}  # fmt: skip
+"""What a lab's config needs for the embedded images."""
+
+
+def vit(labels: int = 10, seed: int = 0) -> tuple[Any, ...]:
+    """A tiny ViT and its processor."""
+    shape = ViTConfig(**PATCHES, num_labels=labels, initializer_range=0.1)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return ViTForImageClassification(shape).eval(), ViTImageProcessorPil(size={"height": 8, "width": 8})
+
+
+def clip(seed: int = 0) -> tuple[Any, ...]:
+    """A tiny CLIP, its image processor and a tokenizer: one word or digit, one token; the first is the padding."""
+    words = ["[PAD]", "[UNK]", "<start>", "<end>", *"0123456789", "a", "photo", "of", "the", "digit", "red", "blue"]
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    core.normalizer = normalizers.Lowercase()
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    core.post_processor = processors.TemplateProcessing(
+        single="<start> $A <end>", special_tokens=[("<start>", 2), ("<end>", 3)]
+    )
+    texts = PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="[PAD]", unk_token="[UNK]", bos_token="<start>", eos_token="<end>",
+        model_max_length=12,
+    )  # fmt: skip
+    text = {**_ENCODER, "vocab_size": len(words), "max_position_embeddings": 12}
+    text |= {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3, "initializer_range": 0.2}
+    shape = CLIPConfig(
+        text_config=text, vision_config={**PATCHES, "initializer_range": 0.2}, projection_dim=12,
+        initializer_factor=5.0,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = CLIPModel(shape).eval()
+    cut = CLIPImageProcessorPil(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
+    return model, cut, texts
+
+
+def llava(seed: int = 0) -> tuple[Any, ...]:
+    """A tiny LLaVA (CLIP's vision tower, Llama's language model) and its processor: four tokens an image."""
+    said = ["which", "colour", "name", "it", "red", "blue", "deep", "light"]
+    words = ["[PAD]", "[UNK]", "<s>", "</s>", "<image>", *said]
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 2)])
+    texts = PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="[PAD]", unk_token="[UNK]", bos_token="<s>", eos_token="</s>",
+        additional_special_tokens=["<image>"], model_max_length=40,
+    )  # fmt: skip
+    special = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3, "initializer_range": 0.2}
+    shape = LlavaConfig(
+        vision_config=CLIPVisionConfig(**PATCHES, initializer_range=0.2, initializer_factor=5.0),
+        text_config=LlamaConfig(**_DECODER, **special, vocab_size=len(words)), image_token_id=4,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = LlavaForConditionalGeneration(shape).eval()
+    cut = CLIPImageProcessorPil(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
+    processor = LlavaProcessor(
+        cut, texts, patch_size=4, vision_feature_select_strategy="default", num_additional_image_tokens=1
+    )
+    return model, processor
+
+
+IMAGE_MODELS: dict[str, Any] = {"vit": vit, "clip": clip, "llava": llava}
+
+
+def save_questions(folder: Path, count: int = 30) -> Path:
+    """A table of red and blue images, a question about each, and its answer."""
+    save_images(folder / "pictures", count)
+    path = folder / "questions.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["image", "question", "answer", "tint"])
+        for i in range(2 * count):
+            colour = ("red", "blue")[i % 2]
+            tone = ("deep", "light")[i // 2 % 2]
+            asked = ("which colour", "name it", "which colour name")[i % 3]
+            writer.writerow([f"pictures/{colour}/{i // 2}.png", asked, f"{tone} {colour}", colour])
+    return path
+
+
+def save_images(folder: Path, count: int = 12, seed: int = 0) -> Path:
+    """An image folder in the layout of `datasets`: red and blue noise, PNG files, one folder a class."""
+    rng = np.random.default_rng(seed)
+    for channel, name in ((0, "red"), (2, "blue")):
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            pixels = rng.integers(0, 90, (10 + i % 3, 12, 3), dtype=np.uint8)
+            pixels[..., channel] += 150
+            Image.fromarray(pixels).save(folder / name / f"{i}.png")
+    return folder
+
+
 @dataclass(frozen=True)
 class Lab:
     """A folder with models and data, from which whole federations are built."""
@@ -106,9 +270,32 @@ class Lab:
         return path if path.exists() else save_model(path, kind)
 
     @property
+    def questions(self) -> Path:
+        path = self.folder / "seen"
+        return path / "questions.csv" if path.exists() else save_questions(path)
+
+    @property
     def data(self) -> Path:
         path = self.folder / "topics.csv"
         return path if path.exists() else save_data(path)
+
+    def language(self, kind: str = "llama", *, chat: bool = False, **values: Any) -> config.Config:
+        """The config of a federation that learns to answer, or with other data to continue texts."""
+        model, data = self.folder / f"{kind}-lm{'-chat' * chat}", self.folder / "dialogues.jsonl"
+        if not model.exists():
+            save_language_model(model, kind, chat=chat)
+        if not data.exists():
+            save_dialogues(data)
+        speaks = {"task": "causal_lm", "columns": {"label": "topic"}, "targets": "auto", "data": str(data)}
+        return self.config(**(speaks | {"model": str(model)} | values))
+
+    def tagging(self, **values: Any) -> config.Config:
+        """The config of a federation that learns to tag words."""
+        data = self.folder / "tagged.jsonl"
+        if not data.exists():
+            save_tagged(data)
+        tags = {"task": "token_classification", "columns": {}, "partition": "iid", "data": str(data)}
+        return self.config(**(tags | values))
 
     def config(self, kind: str = "bert", **values: Any) -> config.Config:
         """A config as its file would say it; dots reach into tables as with --set."""
@@ -121,10 +308,15 @@ class Lab:
             inner[last] = value
         return config.validated(table)
 
-    def federation(self, store: Path, *, double: bool = False, **values: Any) -> federation.Federation:
-        """A federation with its clients' tensors under `store`; in float64, on the wire too, where `double`."""
+    def federation(
+        self, store: Path, *, double: bool = False, of: str = "config", **values: Any
+    ) -> federation.Federation:
+        """A federation with its clients' tensors under `store`; in float64, on the wire too, where `double`.
+
+        `of` is the method that makes its config: config, language, tagging.
+        """
         values |= {"wire__dtype": "float64"} if double else {}
-        built = federation.build(self.config(**values), ClientStore(store))
+        built = federation.build(getattr(self, of)(**values), ClientStore(store))
         if double:
             built.site.cohort.model.double()
         return built
@@ -161,6 +353,16 @@ def clients_tensors(built: federation.Federation) -> dict[str, Factors]:
     """What each client holds on its own disk."""
     site = built.site
     return {c: site.store.load(c) or site.initial(c) for c in built.transport.clients()}
+
+
+def training_loss(built: federation.Federation) -> float:
+    """The clients' mean loss on their own training examples, with what each holds now."""
+    site, losses = built.site, []
+    for client, factors in clients_tensors(built).items():
+        site.put(0, client, factors)
+        found = train.evaluate(site.cohort, site.task, site.examples, {0: site.splits[client].train})
+        losses.append(found[0]["loss"])
+    return sum(losses) / len(losses)
 
 
 def effective(factors: Mapping[Key, Tensor], layer: str, scale: float = 1.0) -> Tensor:

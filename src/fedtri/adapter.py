@@ -18,13 +18,13 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from fedtri import packing
+from fedtri import packing, prefix, trim
 from fedtri.errors import FedtriError
+from fedtri.recompute import Recomputation
 from fedtri.routing import Routing
 from fedtri.seeds import generator
 from fedtri.types import Factors, Key, Layer, Layout
 
-STACKED = {"A", "C", "B"}
 Kind = Literal["lora", "dora", "hira"]
 
 
@@ -75,7 +75,10 @@ class TriLinear(Stacked):
         self.register_buffer("scale", torch.zeros(clients, **like), persistent=False)
 
     def forward(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_out"]:
-        out, rows = self.base(x), self.routing.rows(x).to(self.A.dtype)
+        out, slot = self.base(x), self.routing.single
+        if slot is not None and self.kind == "lora" and not self.dense and out.dtype == self.A.dtype:
+            return self._alone(x, out, slot)
+        rows = self.routing.rows(x).to(self.A.dtype)
         if self.kind == "hira":
             update = self.routing.each(rows, self._hira)
         else:
@@ -87,6 +90,12 @@ class TriLinear(Stacked):
         if self.kind == "dora":
             return self._dora(out, update)
         return out + update.reshape(out.shape).to(out.dtype)
+
+    def _alone(self, x: Tensor, out: Tensor, slot: int) -> Tensor:
+        """One client's batch as plain matrices: the last product adds itself to W0 x."""
+        h = x.reshape(-1, x.shape[-1]) @ self.at("A", slot).mT  # (batch · tokens, r)
+        h = h @ self._core_at(slot).mT
+        return torch.addmm(out.reshape(-1, out.shape[-1]), h, self.at("B", slot).mT).view(out.shape)
 
     def _core(self) -> Float[Tensor, "batch r r"]:
         """s · C of each sample's client."""
@@ -139,11 +148,25 @@ class StackedLinear(Stacked):
         self.weight = nn.Parameter(base.weight.detach().to(dtype).expand(clients, -1, -1).clone())
         bias = None if base.bias is None else base.bias.detach().to(dtype)
         self.bias = None if bias is None else nn.Parameter(bias.expand(clients, -1).clone())
+        self.shut: Tensor | None = None
+        """(m, d_out), -inf for a row that is no class of this client's, 0 for the others; None where all have all."""
+
+    def open(self, slot: int, classes: Tensor | None) -> None:
+        """Let a client answer with these rows only; None: with all."""
+        if self.shut is None:
+            if classes is None:
+                return
+            self.shut = self.weight.new_zeros(self.weight.shape[:2])
+        self.shut[slot] = 0.0 if classes is None else -math.inf
+        if classes is not None:
+            self.shut[slot, classes] = 0.0
 
     def forward(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_out"]:
         y = torch.matmul(self.routing.rows(x).to(self.weight.dtype), self.of("weight").mT)
         if self.bias is not None:
             y = y + self.of("bias")[:, None]
+        if self.shut is not None:
+            y = y + self.of("shut")[:, None]
         return y.reshape(*x.shape[:-1], -1)
 
 
@@ -153,11 +176,18 @@ def precision(weight: Tensor) -> torch.dtype:
 
 
 def shape_of(linear: nn.Module) -> tuple[int, int]:
-    """(d_out, d_in) of an nn.Linear or of GPT-2's Conv1D, which keeps its weight transposed."""
+    """(d_out, d_in) of an nn.Linear, however its weight is kept, or of GPT-2's Conv1D, which keeps it transposed."""
+    if isinstance(linear, nn.Linear):
+        return linear.out_features, linear.in_features
     weight = linear.weight
     assert isinstance(weight, Tensor)
-    rows, columns = weight.shape
-    return (columns, rows) if isinstance(linear, Conv1D) else (rows, columns)
+    columns, rows = weight.shape
+    return rows, columns
+
+
+def plain(module: nn.Module) -> bool:
+    """Whether all weights are numbers that one can calculate with, not 8 or 4 bits in a format of their own."""
+    return all(value.is_floating_point() for value in module.parameters())
 
 
 def weight_of(linear: nn.Module) -> Float[Tensor, "d_out d_in"]:
@@ -177,10 +207,12 @@ def block_diagonal(blocks: Float[Tensor, "*batch r b"]) -> Float[Tensor, "*batch
 
 @dataclass(frozen=True)
 class Slot:
-    """What makes one client's factors mean what they mean: its rank and its scale s = alpha / rank."""
+    """What makes one client's factors mean what they mean: its rank, its scale s = alpha / rank, and its classes."""
 
     rank: int
     scale: float
+    classes: Tensor | None = None
+    """The rows of the head's last layer that it has; None: all."""
 
 
 class Cohort:
@@ -201,11 +233,19 @@ class Cohort:
         kind: Kind = "lora",
         extra: str = "",
         heads: int = 1,
+        checkpointing: bool = False,
     ) -> None:
         self.model, self.clients, self.rank = model.eval(), clients, rank
         self.kind, self.routing = kind, Routing()
+        self._last = head[-1] if head else None
         self._slots: dict[int, Slot] = {}
         layers, head_shapes = [], []
+        self._quantised = [layer for layer in model.modules() if isinstance(layer, nn.Linear) and not plain(layer)]
+        for layer in self._quantised:  # in evaluation mode bitsandbytes repacks weights so that no gradient passes
+            layer.training = True
+        if (kind != "lora" or "P" in extra) and self._quantised:
+            what = "training the backbone itself" if "P" in extra else f"adapter = {kind}"
+            raise FedtriError(f"model_options.quantization: {what} needs plain weights; set it to none")
         model.requires_grad_(False)
         backbone = self._open(model, targets, head) if "P" in extra else ()
         if rank % heads:
@@ -229,6 +269,9 @@ class Cohort:
         beside = "".join(f for f in "SMW" if f in extra or (f == "M" and kind == "dora"))
         self.layout = Layout(tuple(layers), tuple(head_shapes), backbone, beside, heads)
         self.packing = packing.prepare(model, self.routing)
+        self.trim = trim.prepare(model, self.routing)
+        self.prefix = prefix.prepare(model, targets, self.routing)
+        self._recomputation = Recomputation(model, self.routing) if checkpointing else None
 
     def _open(
         self, model: nn.Module, targets: Sequence[str], head: Sequence[str]
@@ -254,9 +297,20 @@ class Cohort:
         assert isinstance(module, TriLinear)
         return module
 
-    def write(self, slot: int, factors: Factors, rank: int, alpha: float) -> None:
-        """Put a client's tensors into a slot, zero-padded to the cohort's rank."""
-        self._slots[slot] = Slot(rank, alpha / rank)
+    def write(
+        self, slot: int, factors: Factors, rank: int, alpha: float, classes: Int[np.ndarray, "own"] | None = None
+    ) -> None:
+        """Put a client's tensors into a slot, zero-padded to the cohort's rank.
+
+        `classes` are the rows of the head's last layer that this client has; its tensors of that layer hold these
+        rows alone, and it never answers with another. None: all.
+        """
+        own = None if classes is None else torch.as_tensor(classes, dtype=torch.long, device=self.device)
+        self._slots[slot] = Slot(rank, alpha / rank, own)
+        if self._last is not None:
+            last = self.model.get_submodule(self._last)
+            assert isinstance(last, StackedLinear)
+            last.open(slot, own)
         with torch.no_grad():
             for layer in self.layout.layers:
                 self.layer(layer.name).scale[slot] = alpha / rank
@@ -266,10 +320,33 @@ class Cohort:
                     self._write_dense(slot, key, value)
                     continue
                 target = self._of(key, self.stacked(key).detach(), slot)
-                if key.factor in STACKED:
-                    target.zero_()
-                    target = target[tuple(slice(n) for n in value.shape)]
-                target.copy_(value)
+                target.copy_(self.expanded(slot, key, value.to(target)))
+
+    def expanded(self, slot: int, key: Key, value: Tensor) -> Tensor:
+        """A client's tensor in the shape that its slot has room for, zero where it has nothing of its own."""
+        if key.factor == "P":
+            return value
+        room = value.new_zeros(self.stacked(key).shape[1:])
+        if (rows := self._rows(slot, key)) is None:
+            room[tuple(slice(n) for n in value.shape)] = value
+        else:
+            room[rows] = value
+        return room
+
+    def _rows(self, slot: int, key: Key) -> Tensor | None:
+        """The rows of the whole that a client's tensor consists of, where it is not the first ones."""
+        return self._slots[slot].classes if self._by_class(key) else None
+
+    def _by_class(self, key: Key) -> bool:
+        """Whether a tensor has a row for each class."""
+        return key.factor == "H" and key.layer.rpartition(".")[0] == self._last
+
+    def of_classes(self, factors: Factors, classes: Int[np.ndarray, "own"] | None) -> Factors:
+        """Tensors for all classes, cut to the rows of these; None: as they are."""
+        if classes is None:
+            return factors
+        rows = torch.as_tensor(classes, dtype=torch.long)
+        return {key: value[rows] if self._by_class(key) else value for key, value in factors.items()}
 
     def initial(self) -> dict[Key, Tensor]:
         """What every client starts from where the model itself says it: DoRA's M = ‖W0‖ by row, and P."""
@@ -287,16 +364,18 @@ class Cohort:
     def read(self, slot: int, kinds: frozenset[str]) -> dict[Key, Tensor]:
         """A copy of a client's tensors, at its own rank, on the CPU; no W where it has none."""
         shapes = self.layout.shapes(self._slots[slot].rank)
-        own = {
-            key: self._of(key, self.stacked(key).detach(), slot)[tuple(slice(n) for n in shapes[key])]
-            for key in self.layout.keys(kinds - {"W"})
-        }
+        own = {}
+        for key in self.layout.keys(kinds - {"W"}):
+            whole, rows = self._of(key, self.stacked(key).detach(), slot), self._rows(slot, key)
+            own[key] = whole[tuple(slice(n) for n in shapes[key])] if rows is None else whole[rows]
         dense = {key: self.layer(key.layer).dense.get(slot) for key in self.layout.keys(kinds & {"W"})}
         own |= {key: W for key, W in dense.items() if W is not None}
         return {key: value.cpu().clone() for key, value in own.items()}
 
     def train_only(self, kinds: frozenset[str]) -> None:
         """Let these factors learn, with gradient buffers of their own, and freeze the others."""
+        if self._recomputation is not None:
+            self._recomputation.learning(bool(kinds))
         for key in self.layout.keys(self.layout.factors - {"W"}):
             parameter = self.stacked(key)
             learns = key.factor in kinds
@@ -332,15 +411,25 @@ class Cohort:
 
     @property
     def together(self) -> bool:
-        """Whether clients are to share passes: a GPU wants large ones, a processor's threads one client each."""
-        return self.device.type != "cpu"
+        """Whether clients are to share passes: a GPU wants large ones, a processor's threads one client each.
+
+        bitsandbytes keeps what a pass needs in its layers, so that two threads must not use one.
+        """
+        return self.device.type != "cpu" or bool(self._quantised)
 
     def route(
-        self, slots: Sequence[int] | Int[np.ndarray, "batch"] | Int[Tensor, "batch"], *, pack: bool = False
+        self,
+        slots: Sequence[int] | Int[np.ndarray, "batch"] | Int[Tensor, "batch"],
+        *,
+        pack: bool = False,
+        examples: Int[np.ndarray, "batch"] | None = None,
     ) -> None:
-        """Say which slot each sample of the next batch belongs to, and whether the batch may be packed."""
+        """Say which slot each sample of the next batch belongs to, whether the batch may be packed, and, where the pass
+        may begin with states that `prefix` keeps, which examples it holds.
+        """
+        kept = examples if examples is not None and self.prefix is not None and self.prefix.ready(examples) else None
         self.routing.set(torch.as_tensor(slots, dtype=torch.long, device=self.device))
-        self.routing.packing = pack and self.packing is not None
+        self.routing.packing, self.routing.examples = pack, kept
 
 
 def _view(stack: nn.Parameter, slot: int) -> nn.Parameter:

@@ -1,5 +1,6 @@
-"""The command line: run, resume, show, export, predict, methods. An error is one line and exit code 2."""
+"""The command line: one function a command. An error is one line and exit code 2."""
 
+import logging
 import os
 import sys
 import warnings
@@ -90,6 +91,28 @@ def run(
 
 
 @app.command()
+def start(
+    config: Annotated[
+        Path | None, typer.Argument(metavar="[CONFIG.toml]", help="Without one: the demo's settings.")
+    ] = None,
+    settings: Settings = [],  # noqa: B006
+) -> None:
+    """Score what every client starts from on its own test examples, before any training."""
+    from fedtri import config as configuration
+
+    loaded = configuration.load(config or DEMO, settings)
+    _prepare()
+    from fedtri import runs
+
+    found = runs.starting(loaded)
+    table = Table("metric", "mean", "lowest", "highest")
+    for name in sorted({name for scores in found.values() for name in scores}):
+        values = [scores[name] for scores in found.values() if name in scores]
+        table.add_row(name, *(f"{value:.4f}" for value in (sum(values) / len(values), min(values), max(values))))
+    console.print(table)
+
+
+@app.command()
 def resume(folder: Folder, track: Track = None) -> None:
     """Go on with a run that was interrupted; ends as if it had never been."""
     from fedtri import config as configuration
@@ -123,13 +146,52 @@ def export(
     client: Client,
     to: Annotated[Path, typer.Option(help="The folder to write; must not exist.")],
     merge: Annotated[bool, typer.Option("--merge", help="Write the whole model with the adapter merged in.")] = False,
+    engine: Annotated[
+        str | None, typer.Option("--for", metavar="ENGINE", help="Check that vllm will take it, and say how.")
+    ] = None,
 ) -> None:
     """Write a client's tuned model: a PEFT LoRA adapter, or the merged model."""
     _prepare()
     from fedtri import tuned
 
-    tuned.export(folder, client, to, merge=merge)
+    how = tuned.export(folder, client, to, merge=merge, engine=engine)
     _say(f"wrote {to}")
+    if how is not None:
+        _say(f"serve it with: {how}")
+
+
+@app.command()
+def evaluate(
+    folder: Folder,
+    client: Annotated[
+        str | None, typer.Option(help="One client's id; by default all (with --tasks, the first).")
+    ] = None,
+    tasks: Annotated[
+        str, typer.Option(help="Of lm-evaluation-harness, separated by commas: gsm8k,mbpp; needs fedtri[eval].")
+    ] = "",
+    limit: Annotated[int | None, typer.Option(help="With --tasks: at most so many examples a task.", min=1)] = None,
+    include: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="With --tasks: further tasks in the harness's YAML format.")
+    ] = None,
+) -> None:
+    """Score a finished run's models again on their own test data, or on the harness's tasks."""
+    _prepare()
+    from fedtri import rundir, tuned
+
+    if not tasks:
+        if limit is not None or include is not None:
+            raise FedtriError("--limit, --include: are for the harness; give --tasks, or leave them out")
+        found = tuned.evaluate(folder, client)
+        title = f"{folder}: each client's own test data"
+    else:
+        client = client or next(iter(rundir.read_summary(folder)["client_table"]))
+        found = tuned.evaluate_elsewhere(folder, client, _listed(tasks), limit=limit, include=include)
+        title = f"{client} of {folder}: lm-evaluation-harness"
+    names = sorted({name for scores in found.values() for name in scores})
+    table = Table("task" if tasks else "client", *names, title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for row, scores in found.items():
+        table.add_row(row, *(f"{scores[name]:.4f}" if name in scores else "–" for name in names))
+    Console(width=max(console.width, 96)).print(table)
 
 
 @app.command()
@@ -334,6 +396,7 @@ def _prepare() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # threads that wait a little, not for ever: measured 4 times faster beside another busy process, as fast alone
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
 
 

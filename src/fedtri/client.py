@@ -1,7 +1,7 @@
 """The clients' half of a round: load, train, evaluate, split into what leaves home and what stays."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
@@ -32,18 +32,24 @@ class Site:
     """What a client starts from, derived from the run's seed."""
     store: ClientStore
     seed: int
+    classes: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """The classes of each client's own head, where these differ; empty where all have all."""
     evaluate: bool = True
     validate: bool = False
     """Whether the validation split is scored too (early stopping needs it)."""
     token_budget: int = 1024
     on_step: Callable[[int, int, float], None] = lambda slot, step, loss: None
 
+    def put(self, slot: int, client: str, factors: Factors) -> None:
+        """A client's tensors into a slot of the cohort, with its rank, scale and classes."""
+        self.cohort.write(slot, factors, self.ranks[client], self.alpha, self.classes.get(client))
+
 
 def client_update(site: Site, tasks: Sequence[Task]) -> list[Reply]:
     """Answer the tasks of one phase of one round, one a client, at most as many as the cohort has slots."""
     for slot, task in enumerate(tasks):
         own = site.initial(task.client) if task.phase == "sketch" else kept(site, task)
-        site.cohort.write(slot, own, site.ranks[task.client], site.alpha)
+        site.put(slot, task.client, own)
     answer = {"sketch": _sketch, "train": _train, "evaluate": _evaluate}[tasks[0].phase]
     return answer(site, tasks)
 
@@ -145,7 +151,7 @@ def _train_personal(
     """Leave in every slot the client's personal copy, trained for as many steps again near what was received."""
     for slot, task in enumerate(tasks):
         copy = site.store.load(personal_id(task.client)) or received[slot]
-        site.cohort.write(slot, copy, site.ranks[task.client], site.alpha)
+        site.put(slot, task.client, copy)
     again = [
         replace(work, seed=derive(work.seed, "personal"), anchor=received[slot]) for slot, work in enumerate(works)
     ]

@@ -52,9 +52,14 @@ class Columns(Strict):
 
 
 class ModelOptions(Strict):
-    """[model_options]: the number type of the frozen weights; "auto" is the checkpoint's own. Adapters are float32."""
+    """[model_options]: how the frozen weights are kept, and whether layers are run again instead of remembered.
+
+    "auto" is the checkpoint's own number type. Adapters are float32. 8bit and 4bit need bitsandbytes.
+    """
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    quantization: Literal["none", "8bit", "4bit"] = "none"
+    gradient_checkpointing: bool = False
 
 
 class SplitOptions(Strict):
@@ -84,11 +89,15 @@ class EarlyStopping(Strict):
 class Simulation(Strict):
     """[simulation]: how many clients share a pass (0: all), and how many padded tokens one micro-batch may have.
 
-    1024 tokens keep a micro-batch's activations in a processor's cache; a GPU wants 16384 or more.
+    1024 tokens keep a micro-batch's activations in a processor's cache; a GPU wants 16384 or more. Where no adapter
+    stands in the first layers, what leaves them is kept: up to `prefix_budget` MB in memory, more than that in a file
+    beside the run, and nothing at all at 0; `prefix_dtype` "auto" is the model's own.
     """
 
     cohort: Annotated[int, Field(ge=0)] = 16
     token_budget: PositiveInt = 1024
+    prefix_budget: Annotated[int, Field(ge=0)] = 1024
+    prefix_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
 
 class Wire(Strict):
@@ -143,7 +152,9 @@ class Config(Strict):
     adapter: Literal["lora", "dora", "hira"] = "lora"
     lora_alpha: Annotated[float, Field(gt=0)] = 16.0
     targets: str | Annotated[list[str], Field(min_length=1)] = "auto"
+    layers: Annotated[str, Field(pattern=r"^(all|last:[1-9]\d*)$")] = "all"
     head: Literal["default", "personal", "shared"] = "default"
+    labels: Literal["shared", "own"] = "shared"
     seed: Annotated[int, Field(ge=0)] = 0
     device: str = "auto"
     evaluate: bool = True

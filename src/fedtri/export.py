@@ -1,7 +1,7 @@
 """Ordinary PEFT LoRA adapters in and out: B·C is folded into B, so that any tool that reads LoRA can serve them."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,9 +28,12 @@ def write_peft(
     *,
     alpha: float,
     base_model: str,
-    task_type: str,
+    task_type: str | None,
+    labels: Sequence[str] | None = None,
 ) -> None:
     """Write adapter_config.json and adapter_model.safetensors of a LoRA with B·C as lora_B, of DoRA, or of HiRA.
+
+    `labels`, where the head is for other classes than everyone's, are written beside them as labels.json.
 
     The folder is made whole or not at all; one that exists is not touched (FedtriError). Raises FedtriError too where
     PEFT has no format for what the client has: see `unexportable`.
@@ -68,6 +71,8 @@ def write_peft(
     part.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(part))
     safetensors.torch.save_file(tensors, part / "adapter_model.safetensors", metadata={"format": "pt"})
+    if labels is not None:
+        (part / "labels.json").write_text(json.dumps(list(labels), indent=2) + "\n")
     folder.parent.mkdir(parents=True, exist_ok=True)
     part.replace(folder)
 

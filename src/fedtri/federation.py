@@ -1,11 +1,13 @@
 """From a configuration to a federation that can run: model, data, method, clients and transport."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from fedtri import adapter, fedopt, methods, models, tasks
@@ -19,8 +21,8 @@ from fedtri.export import read_peft
 from fedtri.seeds import derive
 from fedtri.server import Expectation, sample
 from fedtri.store import ClientStore
-from fedtri.tasks import Recipe
-from fedtri.train import Optimization
+from fedtri.tasks import Examples, Recipe
+from fedtri.train import Optimization, micro_batches
 from fedtri.transport.local import LocalTransport
 from fedtri.types import POOLED, Key, Method
 
@@ -38,6 +40,11 @@ class Federation:
     recipe: Recipe
     processor: Any
     label_names: tuple[str, ...]
+
+    def own_labels(self, client: str) -> list[str] | None:
+        """The names of the classes of a client's own head; None where it is everyone's."""
+        own = self.site.classes.get(client)
+        return None if own is None else [self.label_names[label] for label in own]
 
     def describe_clients(self) -> dict[str, dict[str, object]]:
         """Each client's sizes, its counts of each class, and what guessing its largest training class would score.
@@ -131,18 +138,20 @@ def load_cohort(
     Beside the head stand the tensors that start as the model has them: DoRA's magnitudes, a backbone that learns.
     """
     recipe, method = choose_task(config), choose_method(config)
-    loaded = recipe.load(config.model, label_names, models.Weights(config.model_options.dtype))
+    device, how = _device(config.device), config.model_options
+    loaded = recipe.load(config.model, label_names, models.Weights(how.dtype, how.quantization, str(device)))
     model, layers = loaded.model, recipe.head(loaded.model)
     head = models.initial_head(model, layers, loaded.fresh, config.seed)
     cohort = adapter.Cohort(
-        model.to(_device(config.device)),
-        targets=[] if "P" in method.extra else models.find_targets(model, config.targets),
+        model if how.quantization != "none" else model.to(device),
+        targets=[] if "P" in method.extra else models.find_targets(model, config.targets, config.layers),
         head=layers,
         clients=clients,
         rank=largest_rank(config.rank),
         kind=config.adapter,
         extra=method.extra,
         heads=method.heads,
+        checkpointing=how.gradient_checkpointing,
     )
     return cohort, loaded.processor, {**head, **cohort.initial()}
 
@@ -173,24 +182,28 @@ def assemble(
     """The federation over data, splits and a model that are already at hand."""
     recipe = choose_task(config)
     ranks = client_ranks(config.rank, sorted(splits), config.seed)
+    classes = own_classes(recipe, method, pool, splits, cohort) if config.labels == "own" else {}
     first = {rank: start(config, cohort, head, method.basis, rank) for rank in set(ranks.values())}
     local = optimization(config)
     if method.pooled:
         taking_part = len(sample(sorted(splits), config.fraction, 0, config.seed))
         local = replace(local, steps=local.steps and local.steps * taking_part)
         splits, ranks = {**splits, POOLED: _pooled(splits)}, {**ranks, POOLED: max(ranks.values())}
+    examples = recipe.examples(pool, processor, config.max_length)
+    keep_prefix(config, cohort, examples, splits, store.folder)
     site = Site(
         cohort=cohort,
         task=recipe.learning(pool.label_names, processor),
-        examples=recipe.examples(pool, processor, config.max_length),
+        examples=examples,
         splits=splits,
         ranks=ranks,
         alpha=config.lora_alpha,
         method=method,
         optimization=local,
-        initial=lambda client: first[ranks[client]],
+        initial=lambda client: cohort.of_classes(first[ranks[client]], classes.get(client)),
         store=store,
         seed=config.seed,
+        classes=classes,
         evaluate=config.evaluate,
         validate=config.early_stopping.patience is not None,
         token_budget=config.simulation.token_budget,
@@ -208,6 +221,56 @@ def assemble(
         processor=processor,
         label_names=pool.label_names,
     )
+
+
+def own_classes(
+    recipe: Recipe, method: Method, pool: Pool, splits: Mapping[str, Split], cohort: adapter.Cohort
+) -> dict[str, Int[np.ndarray, "own"]]:
+    """The classes that each client's examples hold, ascending: what it has a head for where `labels = "own"`.
+
+    Raises FedtriError where heads cannot differ, because they travel or there are none, and for a client of one class.
+    """
+    if not recipe.classifies or not cohort.layout.head:
+        raise FedtriError(f'labels: "own" needs a head with a row for each class, which task {recipe.name} has not; '
+                          'set labels = "shared"')  # fmt: skip
+    if method.pooled or any("H" in method.plan(round).up | method.plan(round).down for round in range(2)):
+        raise FedtriError(f'labels: "own" needs heads that stay at home, and {method.name} has one head for all; '
+                          'set head = "personal", or choose another method')  # fmt: skip
+    labels = pool.labels
+    assert labels is not None
+    found = {client: np.unique(labels[np.concatenate(list(vars(split).values()))]) for client, split in splits.items()}
+    for client, own in sorted(found.items()):
+        if len(own) < 2:
+            raise FedtriError(
+                f'labels: "own" leaves {client} with one class, {pool.label_names[own[0]]!r}, expected at least two '
+                "to tell apart; choose a partition that gives each client more classes"
+            )
+    return found
+
+
+def keep_prefix(
+    config: Config, cohort: adapter.Cohort, examples: Examples, splits: Mapping[str, Split], folder: Path
+) -> None:
+    """Let what enters the first adapted layer be kept for the examples that a run meets more than once."""
+    if cohort.prefix is None or config.simulation.prefix_budget == 0:
+        return
+
+    def groups() -> Iterator[np.ndarray]:
+        for client in sorted(set(splits) - {POOLED}):
+            split = splits[client]
+            drawn = len(split.train) * config.epochs if config.epochs else (config.steps or 0) * config.batch_size
+            again = config.rounds * config.fraction * drawn > len(split.train)
+            scored = [split.test, split.validation] if config.evaluate and config.rounds > 1 else []
+            for rows in [*([split.train] if again else []), *scored]:
+                if len(rows):
+                    budget, packed = config.simulation.token_budget, cohort.packing is not None
+                    yield from (rows[run] for run in micro_batches(examples.lengths[rows], budget, packed=packed))
+
+    dtype = config.simulation.prefix_dtype
+    cohort.prefix.keep(
+        examples, groups(), budget=config.simulation.prefix_budget << 20, folder=folder,
+        dtype=None if dtype == "auto" else getattr(torch, dtype),
+    )  # fmt: skip
 
 
 def _pooled(splits: Mapping[str, Split]) -> Split:

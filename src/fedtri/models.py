@@ -7,9 +7,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fedtri.errors import FedtriError
+from fedtri.packing import layer_list
 from fedtri.seeds import generator
 from fedtri.types import Key
 
@@ -36,10 +38,16 @@ ATTENTION = {
     "clip_vision_model": ("q_proj", "v_proj"),
     "clip_text_model": ("q_proj", "v_proj"),
     "vit": ("query", "value", "q_proj", "v_proj"),
+    "deit": ("query", "value", "q_proj", "v_proj"),
+    "beit": ("query", "value", "q_proj", "v_proj"),
+    "dinov2": ("query", "value", "q_proj", "v_proj"),
+    "swin": ("query", "value", "q_proj", "v_proj"),
+    "siglip": ("q_proj", "v_proj"),
+    "llava": ("q_proj", "v_proj"),
 }
 """Query and value of the attention, by `config.model_type`: what "auto" adapts (fused q·k·v where they are one).
 
-ViT's were renamed within transformers 5: of several names, those that the model has.
+Some were renamed within transformers 5: of several names, those that the model has.
 """
 
 
@@ -49,6 +57,10 @@ class Weights:
 
     dtype: str = "auto"
     """float32, bfloat16 or float16; auto: as the checkpoint has them."""
+    quantization: str = "none"
+    """8bit or 4bit: the linear layers of the backbone as bitsandbytes keeps them."""
+    device: str = "cpu"
+    """Where quantised weights are made; others are moved by the caller."""
 
 
 def locate(model: str) -> str:
@@ -72,16 +84,39 @@ def locate(model: str) -> str:
     return model
 
 
-def find_targets(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
+def find_targets(model: nn.Module, targets: str | Sequence[str], layers: str = "all") -> list[str]:
     """The names of the linear layers that `targets` chooses, in the model's order; the head is never among them.
 
     "auto" is query and value of the attention of a known architecture; a list holds last parts of names, as in PEFT;
-    any other string is a comma-separated list of these, or a regular expression matched against whole names.
+    any other string is a comma-separated list of these, or a regular expression matched against whole names. Of
+    these, `layers` "last:K" takes those in the last K of the backbone's layers. Raises FedtriError where none is left.
     """
-    base = getattr(model, "base_model_prefix", "")
+    found = _named(model, targets)
+    return found if layers == "all" else _in_last(model, found, int(layers.removeprefix("last:")))
+
+
+def _in_last(model: nn.Module, targets: Sequence[str], count: int) -> list[str]:
+    """Those of the targets that stand in the last layers of the backbone, as many as `count` says."""
+    if (listed := layer_list(model)) is None:
+        raise FedtriError(f'layers: the model has no single list of layers, so "last:{count}" says nothing; use "all"')
+    name, layers = listed
+    if count > len(layers):
+        raise FedtriError(f'layers: expected at most last:{len(layers)}, the model\'s layers, got "last:{count}"')
+    last = tuple(f"{name}.{number}." for number in range(len(layers) - count, len(layers)))
+    if not (found := [target for target in targets if target.startswith(last)]):
+        raise FedtriError(
+            f'layers: "last:{count}" leaves none of the targets, which are {", ".join(targets[:3])} …; '
+            "take more layers, or other targets"
+        )
+    return found
+
+
+def _named(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
+    """The linear layers that `targets` chooses, in the model's order."""
+    base = backbone_of(model)
     heads = set(head_layers(model))
     linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and n not in heads]
-    linear = [n for n in linear if not base or not hasattr(model, base) or n.startswith(f"{base}.")]
+    linear = [n for n in linear if not base or n.startswith(f"{base}.")]
     if targets == "auto":
         kind = getattr(getattr(model, "config", None), "model_type", "?")
         if kind not in ATTENTION:
@@ -109,10 +144,21 @@ def find_targets(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
     return found
 
 
+def backbone_of(model: nn.Module) -> str:
+    """The name of a task's model's pretrained backbone; "" where the model is whole, as CLIP with its two towers is.
+
+    It is what the architecture calls its base model, else the only pretrained model within.
+    """
+    base = getattr(model, "base_model_prefix", "")
+    if base and hasattr(model, base):
+        return base
+    within = [name for name, child in model.named_children() if isinstance(child, PreTrainedModel)]
+    return within[0] if len(within) == 1 else ""
+
+
 def head_layers(model: nn.Module) -> list[str]:
     """The names of the linear layers outside the pretrained backbone: the task head. Raises where it holds others."""
-    base = getattr(model, "base_model_prefix", "")
-    if not base or not hasattr(model, base):
+    if not (base := backbone_of(model)):
         return []
     names = []
     for name, module in model.named_modules():

@@ -38,6 +38,8 @@ class _Pending:
     real: Bool[Tensor, "batch tokens"]
     places: Int[Tensor, "real_tokens"]
     slots: Int[Tensor, "batch"]
+    firsts: Int[Tensor, "batch"]
+    """Where, in all rows end to end, each text begins."""
 
 
 class Packing:
@@ -67,7 +69,8 @@ class Packing:
         real = mask.bool()
         slots = self.routing.slots
         assert slots is not None
-        rows = _lay_out(real.sum(1).tolist(), slots.tolist(), module.config.hidden_size)  # pyright: ignore
+        lengths = real.sum(1)
+        rows = _lay_out(lengths.tolist(), slots.tolist(), module.config.hidden_size)  # pyright: ignore
         if rows is None:
             return None
         rows = _Rows(*(value.to(ids.device) for value in vars(rows).values()))
@@ -82,7 +85,7 @@ class Packing:
         places = torch.empty(int(real.sum()), dtype=torch.long, device=ids.device)
         places[rows.source[~empty]] = torch.nonzero(~empty.flatten())[:, 0]
         self.routing.set(rows.owners)
-        self.routing.pending = _Pending(real, places, slots)
+        self.routing.pending = _Pending(real, places, slots, places[lengths.cumsum(0) - lengths])
         return (), given
 
     def _mask(self, rows: _Rows, dtype: torch.dtype) -> Tensor:
@@ -97,6 +100,8 @@ class Packing:
         if pending is None:
             return None
         self.routing.set(pending.slots)
+        if self.routing.first_only:  # trim.py has taken them out of their rows
+            return None
         packed = output if isinstance(output, Tensor) else output[0]
         flat = packed.flatten(0, 1).index_select(0, pending.places)
         padded = flat.new_zeros(pending.real.numel(), flat.shape[-1])
@@ -112,12 +117,12 @@ class Packing:
 
 def prepare(model: nn.Module, routing: Routing) -> Packing | None:
     """Packing for this model, or None where a trial on two short texts says that it does not work here."""
-    backbone = getattr(model, getattr(model, "base_model_prefix", "") or " ", None)
-    if not isinstance(backbone, nn.Module) or not {"input_ids", "attention_mask", "position_ids"} <= set(
+    backbone = backbone_of(model)
+    if backbone is None or not {"input_ids", "attention_mask", "position_ids"} <= set(
         inspect.signature(backbone.forward).parameters
     ):
         return None
-    owner = _owner_of_layers(backbone)
+    owner = owner_of_layers(backbone)
     if owner is None or next(backbone.parameters()).is_meta:
         return None
     packing = Packing(backbone, owner, routing)
@@ -134,22 +139,50 @@ def prepare(model: nn.Module, routing: Routing) -> Packing | None:
 def _agrees(backbone: nn.Module, routing: Routing) -> bool:
     """Whether three short texts come out of packed rows as out of padded ones."""
     device = next(backbone.parameters()).device
-    ids = torch.tensor([[5, 6, 7, 8, 9], [7, 5, 1, 1, 1], [6, 6, 8, 1, 1]], device=device)
-    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0]], device=device)
+    ids, mask = short_texts(device)
     routing.set(torch.zeros(3, dtype=torch.long, device=device))
     found = []
     try:
         for routing.packing in (False, True):
-            found.append(backbone(input_ids=ids, attention_mask=mask)[0][mask.bool()].float())
+            found.append(backbone(input_ids=ids, attention_mask=mask)[0][mask.bool()])
     except (TypeError, ValueError, RuntimeError, IndexError):  # whatever a model says to rows it does not expect
         return False
     finally:
         routing.packing, routing.pending = False, None
-    tolerance = 0.05 if next(backbone.parameters()).dtype in (torch.bfloat16, torch.float16) else 1e-4
-    return bool((found[0] - found[1]).norm() <= tolerance * found[0].norm())
+    return agree(found[1], found[0])
 
 
-def _owner_of_layers(backbone: nn.Module) -> nn.Module | None:
+def backbone_of(model: nn.Module) -> nn.Module | None:
+    """The pretrained model beneath the head, where there is one."""
+    backbone = getattr(model, getattr(model, "base_model_prefix", "") or " ", None)
+    return backbone if isinstance(backbone, nn.Module) else None
+
+
+def layer_list(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
+    """The only list of layers in the model's backbone and its name, where there is one."""
+    backbone = backbone_of(model)
+    owner = None if backbone is None else owner_of_layers(backbone)
+    if owner is None:
+        return None
+    layers = next(child for child in owner.children() if isinstance(child, nn.ModuleList))
+    return next(name for name, module in model.named_modules() if module is layers), layers
+
+
+def short_texts(device: torch.device) -> tuple[Int[Tensor, "3 5"], Int[Tensor, "3 5"]]:
+    """Token ids and mask of three texts to try a model on."""
+    ids = torch.tensor([[5, 6, 7, 8, 9], [7, 5, 1, 1, 1], [6, 6, 8, 1, 1]], device=device)
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0]], device=device)
+    return ids, mask
+
+
+def agree(found: Tensor, plain: Tensor) -> bool:
+    """Whether what a trial gave is what the model gave before, but for rounding."""
+    tolerance = 0.05 if plain.dtype in (torch.bfloat16, torch.float16) else 1e-4
+    difference = (found.float() - plain.float()).norm()
+    return found.shape == plain.shape and bool(difference <= tolerance * plain.float().norm())
+
+
+def owner_of_layers(backbone: nn.Module) -> nn.Module | None:
     """The module that holds the backbone's only list of layers."""
     owners = [
         module for module in backbone.modules() if any(isinstance(child, nn.ModuleList) for child in module.children())

@@ -1,7 +1,8 @@
 """Which client each sample of a pass belongs to."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,12 +20,40 @@ class Routing(threading.local):
         """Whether the next batch may be packed."""
         self.pending: Any = None
         """What packing has to undo."""
+        self.first_only = False
+        """Whether the pass that runs needs each text's first token only from the last layer."""
+        self.examples: Any = None
+        """Which examples the next batch holds, by row, where prefix.py keeps what enters their first adapted layer."""
+        self.computing = False
+        """Whether the next pass is to find out what to keep of them."""
+        self.prefix: Any = None
+        """What prefix.py has to do in the pass that runs."""
 
     def set(self, slots: Int[Tensor, "batch"]) -> None:
         """Route sample i of the next batches to the factors in slot slots[i]."""
         self.slots = slots
         first = int(slots[0])
         self.single = first if bool((slots == first).all()) else None
+
+    @contextmanager
+    def once_a_client(self, copies: int) -> Iterator[Int[Tensor, "batch"]]:
+        """For what each client of a batch computes once: inside, a pass holds `copies` samples of every such client,
+        client by client. Yields, for each sample of the batch, which of these clients is its own.
+        """
+        assert self.slots is not None, "route the batch before the model sees it"
+        clients, own = torch.unique(self.slots, return_inverse=True)
+        with self.routed(clients.repeat_interleave(copies)):
+            yield own
+
+    @contextmanager
+    def routed(self, slots: Int[Tensor, "batch"]) -> Iterator[None]:
+        """These slots while it lasts, then what was before."""
+        before = self.slots, self.single
+        self.set(slots)
+        try:
+            yield
+        finally:
+            self.slots, self.single = before
 
     def pick(self, stacked: Float[Tensor, "m *shape"]) -> Float[Tensor, "batch *shape"]:
         """Each sample's own slice of a stacked tensor; one broadcast slice when the batch is of one client."""

@@ -184,6 +184,19 @@ def read_labels(path: Path) -> list[str]:
         raise FedtriError(f"{path}/labels.json: cannot be read: {error}; expected the names of the classes") from None
 
 
+def read_own_labels(path: Path, client: str) -> list[str] | None:
+    """The names of the classes of a client's own head; None where it is everyone's."""
+    folder = path / "clients" / client
+    return read_labels(folder) if (folder / "labels.json").exists() else None
+
+
+def write_own_labels(path: Path, client: str, labels: Sequence[str]) -> None:
+    """Keep the names of the classes of a client's own head."""
+    folder = path / "clients" / client
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "labels.json", list(labels))
+
+
 def environment(device: str, seed: int, threads: int) -> dict[str, Any]:
     """Versions, machine, device and seed: what a number needs to be repeated."""
     versions = {}

@@ -3,11 +3,12 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
-from fedtri import checkpoint, engine, rundir
+from fedtri import checkpoint, engine, rundir, server
 from fedtri import config as configuration
 from fedtri.config import Config
 from fedtri.errors import FedtriError
@@ -46,8 +47,19 @@ def run(config: Config, listener: Listener = Listener()) -> Iterator[Progress]:
         threads = torch.get_num_threads()
         device = str(next(federation.site.cohort.model.parameters()).device)
         rundir.write_json(folder / "labels.json", federation.label_names)
+        for client in federation.site.classes:
+            rundir.write_own_labels(folder, client, federation.own_labels(client) or [])
         rundir.write_json(folder / "environment.json", rundir.environment(device, config.seed, threads))
         yield from _rounds(folder, federation, None, [], listener)
+
+
+def starting(config: Config) -> dict[str, Mapping[str, float]]:
+    """Each client's metrics on its own test examples with what it starts from, before any training."""
+    with TemporaryDirectory() as folder:
+        built = build(config.model_copy(update={"evaluate": True}), ClientStore(Path(folder)))
+        clients = built.transport.clients()
+        answers = built.transport.exchange(server.tasks(built.method, ServerState(), clients, 0, "evaluate"))
+        return {answer.reply.client: answer.reply.metrics for answer in answers}
 
 
 def resume(folder: Path, listener: Listener = Listener()) -> Iterator[Progress]:
@@ -114,6 +126,7 @@ def export_client(target: Path, federation: Federation, client: str) -> None:
     write_peft(
         target, site.store.load(client) or site.initial(client), site.cohort, alpha=site.alpha,
         base_model=locate(federation.config.model), task_type=federation.recipe.peft_type,
+        labels=federation.own_labels(client),
     )  # fmt: skip
 
 

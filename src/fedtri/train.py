@@ -175,7 +175,7 @@ def features(
     found: list[tuple[Rows, np.ndarray]] = []
     with torch.inference_mode():
         for chosen in micro_batches(examples.lengths[rows], token_budget, packed=cohort.packing is not None):
-            cohort.route(np.zeros(len(chosen), np.int64), pack=True)
+            cohort.route(np.zeros(len(chosen), np.int64), pack=True, examples=rows[chosen])
             batch = _to_device(examples.batch(rows[chosen]), cohort)
             found.append((chosen, task.features(cohort.model, batch).float().cpu().numpy()))
     result = np.empty((len(rows), found[0][1].shape[1]), np.float32)
@@ -211,22 +211,13 @@ def _passes(
     cohort: Cohort, task: LearningTask, examples: Examples, owners: Rows, rows: Rows, token_budget: int
 ) -> Iterator[tuple[Rows, Scores]]:
     for chosen in micro_batches(examples.lengths[rows], token_budget, packed=cohort.packing is not None):
-        cohort.route(owners[chosen], pack=True)
-        yield chosen, task.scores(cohort.model, _to_device(examples.batch(rows[chosen]), cohort))
+        cohort.route(owners[chosen], pack=True, examples=rows[chosen])
+        yield chosen, task.scores(cohort, _to_device(examples.batch(rows[chosen]), cohort))
 
 
 def _to_device(batch: Mapping[str, Tensor], cohort: Cohort) -> dict[str, Tensor]:
     device = next(cohort.model.parameters()).device
     return {name: value.to(device) for name, value in batch.items()}
-
-
-def _anchor(view: Tensor, value: Tensor | None) -> Tensor:
-    """A copy of the view, or of this value zero-padded to its shape."""
-    if value is None:
-        return view.detach().clone()
-    anchor = torch.zeros_like(view)
-    anchor[tuple(slice(n) for n in value.shape)] = value.to(view)
-    return anchor
 
 
 class _Learner:
@@ -237,7 +228,10 @@ class _Learner:
         views = cohort.slices(work.slot, kinds)
         self.views = list(views.values())
         anchor = work.anchor or {}
-        self.anchor = [_anchor(view, anchor.get(key)) for key, view in views.items()] if how.proximal else []
+        self.anchor = [
+            view.detach().clone() if key not in anchor else cohort.expanded(work.slot, key, anchor[key].to(view))
+            for key, view in views.items()
+        ] if how.proximal else []  # fmt: skip
         self.optimizer = torch.optim.AdamW(
             self.views, lr=how.learning_rate, betas=how.betas, weight_decay=how.weight_decay, fused=True
         )

@@ -196,7 +196,7 @@ def test_not_utf8(tmp_path):
 
 def test_a_name_that_is_nothing_says_what_was_tried(monkeypatch):
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    with pytest.raises(FedtriError, match='data "docstring": neither "docstrings" nor a file or folder'):
+    with pytest.raises(FedtriError, match='data "docstring": neither "docstrings", "digits" nor a file or folder'):
         load_pool("docstring")
 
 

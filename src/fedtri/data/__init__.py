@@ -4,11 +4,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from fedtri.data import ag_news, docstrings, glue, hub, tables
+from fedtri.data import ag_news, digits, docstrings, glue, hub, tables
 from fedtri.data.pool import Pool, Source
 from fedtri.errors import FedtriError
 
 __all__ = ["Pool", "Source", "load_pool"]
+
+EMBEDDED = {"docstrings": docstrings.load, "digits": digits.load}
 
 
 def load_pool(
@@ -23,8 +25,8 @@ def load_pool(
     """All examples that `data` names, as a task makes its pool of them.
 
     Args:
-        data: "docstrings" (the embedded source); a .csv, .tsv, .jsonl, .json or .parquet file; the folder of
-            a GLUE task or of AG News, or one of its files; else a folder or hub name ("name" or
+        data: "docstrings" or "digits" (the embedded sources); a .csv, .tsv, .jsonl, .json or .parquet file; the
+            folder of a GLUE task or of AG News, or one of its files; else a folder or hub name ("name" or
             "name:config") that `datasets.load_dataset` takes.
         made: The task's way from a source to a pool.
         columns: The column of each role; see `pool.ROLES` for the defaults. With any given, GLUE and AG News are
@@ -46,15 +48,16 @@ def load_pool(
 
 def source_of(data: str, columns: Mapping[str, str]) -> Source:
     """The table `data` names, before any check of its contents."""
-    if data == "docstrings":
+    if data in EMBEDDED:
         if columns:
-            raise FedtriError('data "docstrings" has its own columns; leave out [columns]')
-        return docstrings.load()
+            raise FedtriError(f'data "{data}" has its own columns; leave out [columns]')
+        return EMBEDDED[data]()
     path = Path(data).expanduser()
     if not columns and (known := glue.find(path) or ag_news.find(path)):
         return known
     if path.is_file():
-        return Source(path.stem, str(path), tables.read(path), columns)
+        table = tables.read(path)
+        return Source(path.stem, str(path), table, columns, hub.class_names(hub.described(table.schema)))
     if not path.exists() and (path.suffix.lower() in tables.READERS or path.is_absolute() or data.startswith(".")):
         raise FedtriError(f'data "{data}": no such file or folder (looked for {path.absolute()}); check the path')
     return hub.load(str(path) if path.exists() else data, columns)

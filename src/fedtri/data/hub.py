@@ -6,9 +6,11 @@ The pool is the split "train", or the first one where there is none.
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import datasets
 import huggingface_hub
+import pyarrow as pa
 from datasets.exceptions import DatasetsError
 
 from fedtri.data.pool import Source
@@ -22,16 +24,27 @@ def load(data: str, columns: Mapping[str, str]) -> Source:
         with quiet():
             splits = datasets.load_dataset(name, config or None)
     except (DatasetsError, OSError, ValueError, RuntimeError) as error:
-        kinds = 'neither "docstrings" nor a file' + ("" if Path(data).exists() else " or folder")
+        kinds = 'neither "docstrings", "digits" nor a file' + ("" if Path(data).exists() else " or folder")
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise FedtriError(f'data "{data}": {kinds}, and datasets.load_dataset cannot read it: {reason}') from error
-    table = splits["train" if "train" in splits else min(splits)]
-    features = {column: getattr(feature, "feature", feature) for column, feature in table.features.items()}
-    names = {
+    split = splits["train" if "train" in splits else min(splits)]
+    table = split.with_format("arrow")[:]
+    return Source(Path(name).name, data, table, columns, class_names(split.features))
+
+
+def class_names(features: datasets.Features) -> dict[str, dict[Any, str]]:
+    """The names of each ClassLabel column, or list of them, in the order of the ids."""
+    inner = {column: getattr(feature, "feature", feature) for column, feature in features.items()}
+    return {
         column: dict(enumerate(feature.names))
-        for column, feature in features.items() if isinstance(feature, datasets.ClassLabel)
+        for column, feature in inner.items() if isinstance(feature, datasets.ClassLabel)
     }  # fmt: skip
-    return Source(Path(name).name, data, table.with_format("arrow")[:], columns, names)
+
+
+def described(schema: pa.Schema) -> datasets.Features:
+    """What `datasets` wrote of the columns into a Parquet file; nothing where another tool made it."""
+    said = b"huggingface" in (schema.metadata or {})
+    return datasets.Features.from_arrow_schema(schema) if said else datasets.Features()
 
 
 @contextmanager

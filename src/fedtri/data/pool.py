@@ -40,12 +40,12 @@ class Pool:
     name: str
     table: datasets.Dataset
     label_names: tuple[str, ...] = ()
-    """The names of the classes (or of the domains, for a task that predicts no class); empty where there are none."""
+    """The names of the classes (or of words' tags, or of domains); empty where there are none."""
 
     @property
     def labels(self) -> Int[np.ndarray, "rows"] | None:
-        """The class of each example; None where there are none."""
-        return np.asarray(self.table["label"]) if self.label_names else None
+        """The class of each example; None where an example as a whole has none."""
+        return np.asarray(self.table["label"]) if "label" in self.table.column_names else None
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,22 @@ from typing import Any
 from fedtri.errors import FedtriError
 from fedtri.strict import checked_options
 from fedtri.tasks.base import Batch, Examples, LearningTask, Loaded, Recipe, Scores
+from fedtri.tasks.causal_lm import causal_lm
+from fedtri.tasks.image_classification import image_classification
+from fedtri.tasks.image_text import image_text
 from fedtri.tasks.text_classification import text_classification
+from fedtri.tasks.token_classification import token_classification
+from fedtri.tasks.vision_language import vision_language
 
 __all__ = ["TASKS", "Batch", "Examples", "LearningTask", "Loaded", "Recipe", "Scores", "build"]
 
 TASKS: dict[str, Callable[..., Recipe]] = {
     "text_classification": text_classification,
+    "image_classification": image_classification,
+    "image_text": image_text,
+    "vision_language": vision_language,
+    "token_classification": token_classification,
+    "causal_lm": causal_lm,
 }
 
 

@@ -67,8 +67,8 @@ class LearningTask(Protocol):
         """d of `features`: what a sketch's mixtures live in."""
         ...
 
-    def scores(self, model: nn.Module, batch: Batch) -> Scores:
-        """Loss and hits of each sample."""
+    def scores(self, cohort: Cohort, batch: Batch) -> Scores:
+        """Loss and hits of each sample, which the cohort has been routed for."""
         ...
 
     def features(self, model: nn.Module, batch: Batch) -> Float[Tensor, "batch d"]:
@@ -102,8 +102,8 @@ class Recipe:
     """How a kind of task is made; what `TASKS` holds are functions that return one, given the task's options."""
 
     name: str
-    peft_type: str
-    """PEFT's own name of the task, for adapter_config.json."""
+    peft_type: str | None
+    """PEFT's own name of the task, for adapter_config.json; None where it has none."""
     roles: tuple[str, ...]
     """The roles of `data.pool.ROLES` that [columns] may give."""
     pool: Callable[[Source], Pool]

@@ -1,18 +1,21 @@
 """Models and processors from a folder or a hub name, whole or refused in one line."""
 
+import logging
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any, NoReturn
 
+import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from fedtri.errors import FedtriError
 from fedtri.models import Weights, locate
 
-ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
+ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
 
 
 def load_model(
@@ -37,7 +40,10 @@ def load_model(
     where = locate(model)
     try:
         with quiet():
-            loaded, info = auto.from_pretrained(where, dtype=weights.dtype, output_loading_info=True, **more)
+            quantised = _quantisation(auto, where, weights, head) if weights.quantization != "none" else {}
+            loaded, info = auto.from_pretrained(
+                where, dtype=weights.dtype, output_loading_info=True, **quantised, **more
+            )
     except ERRORS as error:
         _refuse(model, what, error)
     fresh = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
@@ -45,11 +51,43 @@ def load_model(
     return loaded, frozenset(fresh)
 
 
-def load_processor(auto: Any, model: str, what: str) -> Any:
+def load_config(model: str, what: str) -> PretrainedConfig:
+    """The checkpoint's configuration. Raises FedtriError where there is none."""
+    try:
+        with quiet():
+            return AutoConfig.from_pretrained(locate(model))
+    except ERRORS as error:
+        _refuse(model, what, error)
+
+
+def _quantisation(auto: Any, where: str, weights: Weights, head: Callable[[nn.Module], list[str]]) -> dict[str, Any]:
+    """What `from_pretrained` needs to keep the backbone's linear layers in 8 or 4 bits, but not the head's.
+
+    Raises FedtriError where bitsandbytes is missing.
+    """
+    if find_spec("bitsandbytes") is None:
+        raise FedtriError(
+            f"model_options.quantization: {weights.quantization} needs bitsandbytes, which is not installed here; "
+            "run: pip install 'fedtri[quantized]', or set it to none"
+        )
+    # it says at every product that its input is cast
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    with torch.device("meta"):
+        layers = head(auto.from_config(AutoConfig.from_pretrained(where)))
+    config = BitsAndBytesConfig(
+        load_in_8bit=weights.quantization == "8bit",
+        load_in_4bit=weights.quantization == "4bit",
+        bnb_4bit_quant_type="nf4",
+        llm_int8_skip_modules=layers or None,
+    )
+    return {"quantization_config": config, "device_map": {"": weights.device}}
+
+
+def load_processor(auto: Any, model: str, what: str, **more: Any) -> Any:
     """The tokenizer or processor beside the weights. Raises FedtriError where there is none."""
     try:
         with quiet():
-            return auto.from_pretrained(locate(model))
+            return auto.from_pretrained(locate(model), **more)
     except ERRORS as error:
         _refuse(model, what, error)
 
@@ -60,7 +98,8 @@ def load_tokenizer(model: str, loaded: nn.Module, what: str) -> PreTrainedTokeni
     # transformers invents an empty vocabulary where there is none; a run must not
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise FedtriError(f"model: {model} has no vocabulary, expected a tokenizer beside the weights; save one there")
-    shape: Any = loaded.config
+    config: Any = loaded.config
+    shape = config.get_text_config()
     if tokenizer.model_max_length > 1e6:  # it says none: then the model's positions, of which some reserve two
         tokenizer.model_max_length = getattr(shape, "max_position_embeddings", 10**6) - 2
     if shape.pad_token_id is None and tokenizer.pad_token_id is None:
@@ -70,11 +109,18 @@ def load_tokenizer(model: str, loaded: nn.Module, what: str) -> PreTrainedTokeni
     return tokenizer
 
 
+def pad_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    """What to fill the places behind a text with: the padding token, or the end where there is none."""
+    pad = tokenizer.convert_tokens_to_ids(str(tokenizer.pad_token or tokenizer.eos_token))
+    assert isinstance(pad, int)
+    return pad
+
+
 def _refuse(model: str, what: str, error: Exception) -> NoReturn:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
     raise FedtriError(
         f"model: {model} cannot be loaded as {what}: {reason}; expected a folder or hub name with "
-        "config.json, weights and tokenizer"
+        "config.json, weights and tokenizer (or image processor)"
     ) from None
 
 

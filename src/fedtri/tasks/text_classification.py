@@ -7,15 +7,15 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from transformers import AutoModel, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedTokenizerBase
 
 from fedtri.adapter import Cohort
 from fedtri.data import pool as pools
 from fedtri.data.pool import Pool, Source
-from fedtri.models import Weights, head_layers
-from fedtri.tasks import checkpoints
+from fedtri.models import Weights
+from fedtri.tasks import checkpoints, classes
 from fedtri.tasks.base import Batch, Examples, Loaded, Recipe, Rows, Scores
+from fedtri.tasks.pooling import mean_pooled
 from fedtri.tasks.ragged import Ragged
 
 WHAT = "a text classifier"
@@ -103,13 +103,11 @@ def tokenize(
         return_attention_mask=False,
     )  # fmt: skip
     types = encoded.get("token_type_ids")
-    pad = tokenizer.convert_tokens_to_ids(str(tokenizer.pad_token or tokenizer.eos_token))
-    assert isinstance(pad, int)
     return TextExamples(
         tokens=Ragged.of(encoded["input_ids"]),
         types=None if types is None else Ragged.of(types),
         labels=np.asarray(labels, np.int64),
-        pad=pad,
+        pad=checkpoints.pad_of(tokenizer),
     )
 
 
@@ -123,11 +121,9 @@ class TextClassification:
         """The head's scores for each class."""
         return model(**{k: v for k, v in batch.items() if k != "labels"}).logits
 
-    def scores(self, model: nn.Module, batch: Batch) -> Scores:
+    def scores(self, cohort: Cohort, batch: Batch) -> Scores:
         """Cross-entropy and whether the largest score is the label's, of each sample."""
-        logits, labels = self.logits(model, batch), batch["labels"]
-        loss = cross_entropy(logits, labels, reduction="none")
-        return Scores(loss, (logits.detach().argmax(-1) == labels).to(loss.dtype))
+        return classes.classified(self.logits(cohort.model, batch), batch["labels"])
 
     def feature_size(self, model: nn.Module) -> int:
         """The backbone's hidden size."""
@@ -144,24 +140,9 @@ class TextClassification:
         return {}
 
 
-def mean_pooled(model: nn.Module, inputs: Batch) -> Float[Tensor, "batch d"]:
-    """The backbone's last hidden states, averaged over real tokens."""
-    backbone = model.base_model
-    assert isinstance(backbone, nn.Module)
-    hidden = backbone(**inputs).last_hidden_state  # (batch, tokens, d)
-    if (mask := inputs.get("attention_mask")) is None:
-        return hidden.mean(1)
-    weight = mask.to(hidden.dtype)[..., None]
-    return (hidden * weight).sum(1) / weight.sum(1)
-
-
 def load(model: str, label_names: Sequence[str], weights: Weights) -> Loaded:
     """A sequence classifier of these classes and its tokenizer. Raises FedtriError in one line where it is none."""
-    names = dict(enumerate(label_names))
-    loaded, fresh = checkpoints.load_model(
-        AutoModelForSequenceClassification, model, WHAT, weights, head_layers, num_labels=len(names), id2label=names,
-        label2id={v: k for k, v in names.items()}, ignore_mismatched_sizes=True,
-    )  # fmt: skip
+    loaded, fresh = classes.load_classifier(AutoModelForSequenceClassification, model, WHAT, weights, label_names)
     return Loaded(loaded, checkpoints.load_tokenizer(model, loaded, WHAT), fresh)
 
 
@@ -181,5 +162,4 @@ def answers(
     batch = {name: value.to(device) for name, value in found.batch(np.arange(len(inputs))).items()}
     cohort.route([0] * len(inputs))
     with torch.inference_mode():
-        probabilities = TextClassification(len(label_names)).logits(cohort.model, batch).softmax(-1).cpu()
-    return [f"{label_names[int(row.argmax())]} {float(row.max()):.2f}" for row in probabilities]
+        return classes.likeliest(TextClassification(len(label_names)).logits(cohort.model, batch), label_names)

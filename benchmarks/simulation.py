@@ -1,0 +1,260 @@
+"""The reference work on fedtri, on Flower's simulation with PEFT, and on PEFT in a loop, in turn in one run.
+
+    python benchmarks/simulation.py --data PATH/TO/GLUE/SST-2                # minutes
+    python benchmarks/simulation.py --data PATH/TO/GLUE/SST-2 --quick        # fewer steps and rounds
+
+The work: MiniLM, LoRA of rank 8 on query and value of all layers, 10 clients × 10 steps × 16 SST-2 sentences a round.
+Each contender is a process of its own and takes its turn, round by round, while the others wait; the machine's
+matrix-product rate is measured between them. The mean losses of all rounds must agree, else the script fails: then the
+work was not the same. "of the limit" counts real tokens only, each a forward pass and the gradient of every activation
+through the frozen layers (2 · 2 · parameters), against that rate. Core seconds are those in which a core worked for the
+contender: on a machine that others use too they tell more than the clock.
+
+A second competition has adapters on the last layers alone and so few texts that each has been met before: fedtri begins
+with the hidden states it has kept. Its ratios are to the work with adapters on all layers.
+"""
+
+import argparse
+import contextlib
+import multiprocessing as mp
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import contenders
+import machine
+from contenders import Work
+
+ATOL = 2e-3
+"""How far the mean losses of a round may lie apart after several rounds in float32; after the first, a tenth."""
+PACKAGES = ("torch", "transformers", "peft", "flwr", "ray", "numpy")
+
+
+FEDTRI, FLOWER, PEFT = "fedtri", "Flower + PEFT", "PEFT in a loop"
+
+
+@dataclass
+class Contender:
+    """A process that trains a round when told to, and what it said."""
+
+    name: str
+    kind: str
+    work: Work
+    seconds: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    worked: list[float] = field(default_factory=list)
+    """Seconds that cores worked for it in each round, the first ones too."""
+    first: float = 0.0
+    """Seconds from its start to the end of its first round."""
+    bytes: int = 0
+
+    def start(self) -> None:
+        """Start the process; it waits for its first turn."""
+        self.pipe, theirs = mp.Pipe()
+        self.process = mp.get_context("spawn").Process(target=serve, args=(self.kind, self.work, theirs))
+        self.process.start()
+
+    def turn(self) -> float:
+        """Seconds of one round."""
+        assert self.process.pid is not None
+        before = machine.cpu_seconds(self.process.pid)
+        self.pipe.send(True)
+        while not self.pipe.poll(1):
+            if not self.process.is_alive():
+                raise SystemExit(f"{self.name}: ended in mid-round; what it said stands above")
+        seconds, loss = self.pipe.recv()
+        self.losses.append(loss)
+        self.worked.append(machine.cpu_seconds(self.process.pid) - before)
+        return seconds
+
+    def stop(self) -> None:
+        """Let the process end."""
+        with contextlib.suppress(OSError):
+            self.pipe.send(False)
+        self.process.join(60)
+        self.process.kill()
+
+
+def serve(kind: str, work: Work, pipe: Connection) -> None:
+    """A contender's own process: a round whenever it is told to."""
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # as fedtri's command line does; kind to all three
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))  # for Ray's actors
+    began = 0.0
+
+    def wait() -> bool:
+        nonlocal began
+        go_on = pipe.recv()
+        began = time.perf_counter()
+        return go_on
+
+    def say(loss: float) -> None:
+        pipe.send((time.perf_counter() - began, loss))
+
+    if kind == FLOWER:
+        contenders.flower_rounds(work, say, wait)
+        return
+    rounds: Iterator[float] = (contenders.peft_rounds if kind == PEFT else contenders.fedtri_rounds)(work)
+    while wait():
+        say(next(rounds))
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a competition found: the machine's FLOP/s by the clock and by the seconds its cores worked for us."""
+
+    crew: list[Contender]
+    rate: float
+    working: float
+    tokens: Sequence[int]
+    threads: int
+
+
+def compete(crew: list[Contender], repeats: int, tokens: Sequence[int], hidden: int, inner: int) -> Found:
+    """All contenders in turn: a first round apiece with memory watched, one to warm up, then `repeats` that count."""
+    rates = []
+    try:
+        for one in crew:
+            one.start()
+            assert one.process.pid is not None
+            with machine.peak_memory(one.process.pid) as peak:
+                one.first = one.turn()
+                one.turn()
+                one.bytes = peak()
+            print(f"{one.name}: first round {one.first:.1f} s", file=sys.stderr, flush=True)
+        for repeat in range(repeats):
+            rates.append(machine.matrix_rate(hidden, inner, threads=crew[0].work.threads))
+            for one in crew if repeat % 2 == 0 else crew[::-1]:
+                one.seconds.append(one.turn())
+            print(", ".join(f"{one.name} {one.seconds[-1]:.2f} s" for one in crew), file=sys.stderr, flush=True)
+    finally:
+        for one in crew:
+            one.stop()
+    same_work(crew)
+    rate, working = (statistics.median(values) for values in zip(*rates, strict=True))
+    return Found(crew, rate, working, tokens[2 : 2 + repeats], crew[0].work.threads)
+
+
+def same_work(crew: Sequence[Contender]) -> None:
+    """Exit with an error where losses on the same work differ by more than rounding explains."""
+    for work in {one.work for one in crew}:
+        same = [one for one in crew if one.work == work]
+        for round, losses in enumerate(zip(*(one.losses for one in same), strict=True)):
+            apart = max(losses) - min(losses)
+            if apart > (ATOL if round else ATOL / 10):
+                said = ", ".join(f"{one.name} {loss:.5f}" for one, loss in zip(same, losses, strict=True))
+                raise SystemExit(
+                    f"round {round + 1}: the losses differ by {apart:.1e}: {said}; the work was not the same"
+                )
+
+
+def rows(found: Found, flop: float) -> list[str]:
+    """The table's lines in Markdown; ratios are medians of paired rounds."""
+    crew, tokens = found.crew, statistics.mean(found.tokens)
+    base = next((one for one in crew if one.kind == FLOWER), crew[-1])
+    lines = [
+        f"| | s a round | (fastest, slowest) | real tokens/s | × {base.name} | of the limit | core seconds | × | "
+        "of the limit | peak memory |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for one in crew:
+        seconds, worked = statistics.median(one.seconds), statistics.median(one.worked[2:])
+        faster = statistics.median(b / s for b, s in zip(base.seconds, one.seconds, strict=True))
+        lighter = statistics.median(b / s for b, s in zip(base.worked[2:], one.worked[2:], strict=True))
+        lines.append(
+            f"| {one.name} | {seconds:.2f} | ({min(one.seconds):.2f}, {max(one.seconds):.2f}) "
+            f"| {tokens / seconds:,.0f} | {faster:.2f} | {tokens * flop / seconds / found.rate:.0%} "
+            f"| {worked:.2f} | {lighter:.2f} "
+            f"| {tokens * flop / worked / found.working * found.threads:.0%} | {one.bytes / 2**20:,.0f} MiB |"
+        )
+    return lines
+
+
+def flop_a_token(work: Work) -> tuple[float, int, int]:
+    """(FLOP a real token, hidden, inner width) of forward and backward through the frozen layers."""
+    from transformers import AutoConfig
+
+    from fedtri.models import locate
+
+    shape = AutoConfig.from_pretrained(locate(work.model))
+    parameters = shape.num_hidden_layers * (4 * shape.hidden_size**2 + 2 * shape.hidden_size * shape.intermediate_size)
+    return 4.0 * parameters, shape.hidden_size, shape.intermediate_size
+
+
+def setup(works: Sequence[Work], pipe: Connection) -> None:
+    """What needs fedtri before the contenders start, in a process of its own so that this one stays small."""
+    tokens = [contenders.prepare(work) for work in works]
+    pipe.send((tokens[0], *flop_a_token(works[0])))
+
+
+def competition(title: str, crew: list[Contender], repeats: int) -> list[str]:
+    """One competition's text: what was done, and its table."""
+    works = list(dict.fromkeys(one.work for one in crew))
+    ours, theirs = mp.Pipe()
+    process = mp.get_context("spawn").Process(target=setup, args=(works, theirs))
+    process.start()
+    tokens, flop, hidden, inner = ours.recv()
+    process.join()
+    found, work = compete(crew, repeats, tokens, hidden, inner), works[0]
+    return [
+        f"## {title}\n",
+        f"{work.clients} clients × {work.steps} steps × {work.batch_size}, {statistics.mean(found.tokens):,.0f} real "
+        f"tokens a round, {flop / 1e6:.1f} MFLOP each through all layers; medians of {repeats} rounds; matrix products "
+        f"{found.rate / 1e9:.0f} GFLOP/s on {work.threads} threads by the clock, {found.working / 1e9:.0f} by core "
+        "seconds\n",
+        *rows(found, flop),
+        "",
+    ]
+
+
+def main() -> None:
+    """Print the tables, and write them where --out says."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="SST-2's folder in GLUE's layout, or any data fedtri reads")
+    parser.add_argument("--model", default="minilm", help="a BERT-like encoder; the reference is minilm")
+    parser.add_argument("--quick", action="store_true", help="4 clients of 3 steps, 3 rounds")
+    parser.add_argument("--repeats", type=int, default=7, help="timed rounds of each")
+    parser.add_argument("--without", action="append", default=[], choices=[FLOWER, PEFT], help="leave a contender out")
+    parser.add_argument("--last", type=int, default=2, help="adapters on so many last layers in the second competition")
+    parser.add_argument("--only", choices=["all", "last"], help="one of the two competitions")
+    parser.add_argument("--out", type=Path, help="also write the result to this file")
+    options = parser.parse_args()
+    if FLOWER not in options.without and find_spec("ray") is None:
+        print("Flower's simulation is not installed (pip install 'flwr[simulation]'): left out", file=sys.stderr)
+        options.without.append(FLOWER)
+    lines = [
+        "# Speed of a round\n",
+        f"`python {' '.join(sys.argv)}`\n",
+        f"{machine.describe()}; {machine.versions(*PACKAGES)}\n",
+        f"{machine.gpu()}\n",
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        work = Work(options.data, str(Path(folder) / "all"), model=options.model)
+        if options.quick:
+            work, options.repeats = replace(work, clients=4, steps=3), min(options.repeats, 3)
+        few = replace(work, folder=str(Path(folder) / "few"), limit=24 * work.steps * work.clients)
+        last = replace(few, folder=str(Path(folder) / "last"), layers=f"last:{options.last}")
+        for one in (work, few, last):
+            Path(one.folder).mkdir()
+        kinds = [kind for kind in (FEDTRI, FLOWER, PEFT) if kind not in options.without]
+        above = f"last {options.last} layers"
+        if options.only != "last":
+            crew = [Contender(kind, kind, work) for kind in kinds]
+            lines += competition("Adapters on all layers", crew, options.repeats)
+        if options.only != "all":
+            crew = [Contender(f"{kind}, all layers", kind, few) for kind in kinds if kind == FLOWER]
+            crew += [Contender(f"{kind}, {above}", kind, last) for kind in kinds]
+            lines += competition(f"Adapters on the {above}, all texts met before", crew, options.repeats)
+    print("\n".join(lines))
+    if options.out:
+        options.out.write_text("\n".join(lines).rstrip() + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,272 @@
+"""Language models that answer a prompt: loss on the response alone, perplexity, token accuracy, exact answers."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from fedtri.adapter import Cohort
+from fedtri.data import pool as pools
+from fedtri.data.pool import Pool, Source
+from fedtri.errors import FedtriError
+from fedtri.models import Weights
+from fedtri.tasks import checkpoints, dialogue
+from fedtri.tasks.base import Batch, Examples, Loaded, Recipe, Rows, Scores
+from fedtri.tasks.dialogue import Segment, Template
+from fedtri.tasks.pooling import mean_pooled
+from fedtri.tasks.ragged import Ragged
+from fedtri.tasks.responses import IGNORED, ExactMatch, exact_matches, generate, response_scores
+
+WHAT = "a causal language model"
+
+
+def causal_lm(
+    *,
+    template: Template = "auto",
+    truncation: Literal["left", "right"] = "left",
+    exact_match: ExactMatch = "none",
+    generations: int = 50,
+    max_new_tokens: int = 256,
+) -> Recipe:
+    """The response to a prompt or conversation, or plain text, by an AutoModelForCausalLM.
+
+    Args:
+        template: How a prompt is put to the model: "chat" by the tokenizer's chat template, "plain" as it stands and a
+            line break behind it; "auto" is chat where the tokenizer has a template.
+        truncation: Which end of an over-long example is cut. "left" cuts the prompt's beginning, and the response's
+            end only where it alone is too long; with "right" an example that loses its whole response is an error.
+        exact_match: Whether test prompts are answered by generation and judged, by their final number or whole text.
+        generations: At most so many test prompts a client are answered.
+        max_new_tokens: The longest answer.
+    """
+    if generations < 1 or max_new_tokens < 1:
+        raise FedtriError(
+            "task_options: expected generations and max_new_tokens of at least 1, "
+            f"got {generations} and {max_new_tokens}"
+        )
+
+    def learning(label_names: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> CausalLM:
+        return CausalLM(max(1, len(label_names)), tokenizer, exact_match, generations, max_new_tokens)
+
+    def answers(
+        cohort: Cohort, tokenizer: PreTrainedTokenizerBase, _: Sequence[str], inputs: Sequence[str], limit: int
+    ) -> list[str]:
+        asked = [[dialogue.prompt(tokenizer, text, template)] for text in inputs]
+        found = tokenize(tokenizer, asked, limit, "left", inputs, asks=True)
+        cohort.route([0] * len(inputs))
+        prompts = to_device(found.prompts(range(len(inputs))), cohort)
+        return generate(cohort.model, tokenizer, prompts, max_new_tokens)
+
+    return Recipe(
+        name="causal_lm",
+        peft_type="CAUSAL_LM",
+        roles=("prompt", "response", "messages", "text", "label"),
+        pool=lambda source: pool(source, exact_match),
+        load=load,
+        examples=lambda pool, tokenizer, limit: examples(pool, tokenizer, limit, template, truncation),
+        learning=learning,
+        skeleton=AutoModelForCausalLM.from_config,
+        head=lambda model: [],
+        answers=answers,
+    )
+
+
+def pool(source: Source, exact_match: ExactMatch = "none") -> Pool:
+    """Columns "prompt" and "response", or "messages", or "text"; and "label" where examples have a domain.
+
+    What is looked for, in this order, where [columns] does not say. Raises FedtriError for a column that cannot be.
+    """
+    given = source.columns.keys() & {"prompt", "response", "messages", "text"}
+    has = {role: pools.optional(source, role) is not None for role in ("prompt", "messages", "text")}
+    columns: dict[str, Any]
+    if given & {"prompt", "response"} or (not given and has["prompt"]):
+        columns = {role: pools.texts(source, role) for role in ("prompt", "response")}
+    elif "messages" in given or (not given and has["messages"]):
+        columns = {"messages": dialogue.conversations(source)}
+    elif has["text"]:
+        columns = {"text": pools.texts(source, "text")}
+    else:
+        pools.column(source, "prompt")  # says what was found and what is expected
+        raise AssertionError
+    if exact_match != "none" and "text" in columns:
+        raise FedtriError(
+            f"{source.where}: task_options.exact_match needs prompts and responses, found plain text; "
+            'set it to "none" or name columns.prompt and columns.response'
+        )
+    used = {pools.optional(source, role) for role in columns}
+    if (label := pools.optional(source, "label")) is None:
+        return pools.made(source, columns, used)
+    ids, names = pools.labels(source, label)
+    return pools.made(source, {**columns, "label": ids}, {*used, label}, names)
+
+
+@dataclass(frozen=True)
+class TextToContinue:
+    """Token ids of all examples, and which of them carry loss."""
+
+    tokens: Ragged
+    learned: Ragged
+    """1 for a token of a response, 0 for one of a prompt; beside `tokens`."""
+    answered_from: Int[np.ndarray, "n"]
+    """Where the last response begins: what is before it is the prompt of a generation."""
+    responses: Sequence[str]
+    """The last response of each example as the data has it."""
+    labels: Int[np.ndarray, "n"] | None
+    pad: int
+    terms: Int[np.ndarray, "n"]
+
+    @property
+    def lengths(self) -> Int[np.ndarray, "n"]:
+        """Tokens of each example."""
+        return self.tokens.lengths
+
+    def batch(self, rows: Rows) -> Batch:
+        """input_ids, attention_mask (absent where nothing is padded) and labels; padded on the right, whatever side
+        the tokenizer prefers, because positions count from the left."""
+        mask = self.tokens.mask(rows)
+        ids = self.tokens.padded(rows, mask, self.pad)
+        learned = self.learned.padded(rows, mask, 0).bool()
+        batch = {"input_ids": ids, "labels": ids.masked_fill(~learned, IGNORED)}
+        if not mask.all():
+            batch["attention_mask"] = torch.from_numpy(mask.astype(np.int64))
+        return batch
+
+    def prompts(self, rows: Sequence[int]) -> Batch:
+        """input_ids and attention_mask of what precedes the last responses, padded on the left."""
+        own = np.asarray(rows, np.int64)
+        starts = self.tokens.offsets[own]
+        parts = [self.tokens.values[a : a + n].tolist() for a, n in zip(starts, self.answered_from[own], strict=True)]
+        cut = Ragged.of(parts)
+        mask = cut.mask(np.arange(len(own)), left=True)
+        ids = cut.padded(np.arange(len(own)), mask, self.pad)
+        return {"input_ids": ids, "attention_mask": torch.from_numpy(mask.astype(np.int64))}
+
+
+def examples(
+    pool: Pool, tokenizer: PreTrainedTokenizerBase, max_length: int, template: Template = "auto",
+    truncation: str = "left",
+) -> TextToContinue:  # fmt: skip
+    """The pool tokenised. Raises FedtriError where a chat template is needed and missing, or cannot be used."""
+    segments, responses = dialogue.segments(pool, tokenizer, template)
+    return tokenize(tokenizer, segments, max_length, truncation, responses, pool.labels)
+
+
+def tokenize(
+    tokenizer: PreTrainedTokenizerBase,
+    segments: Sequence[Sequence[Segment]],
+    max_length: int,
+    truncation: str,
+    responses: Sequence[str],
+    labels: Int[np.ndarray, "n"] | None = None,
+    *,
+    asks: bool = False,
+) -> TextToContinue:
+    """Tokenise examples once, segment by segment, so that a prompt's tokens are those a generation will start from.
+
+    `asks`: the examples are prompts without a response.
+    """
+    limit = min(max_length, tokenizer.model_max_length)
+    texts = [segment.text for example in segments for segment in example]
+    encoded = iter(tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"])
+    begin = beginning(tokenizer)
+    tokens, learned, starts = [], [], []
+    for number, example in enumerate(segments, start=1):
+        ids = list(begin) if example[0].begins else []
+        flags, start = [0] * len(ids), 0
+        for segment in example:
+            start = len(ids) if segment.learned else start
+            ids += [*next(encoded), *([tokenizer.eos_token_id] if segment.ends else [])]
+            flags += [int(segment.learned)] * (len(ids) - len(flags))
+        start = len(ids) if asks else start
+        # what a response's first token is predicted from must stay, so one token of its prompt does
+        most = start if asks else max(start - 1, 0)
+        cut = min(max(0, len(ids) - limit), most) if truncation == "left" else 0
+        ids, flags = ids[cut : cut + limit], flags[cut : cut + limit]
+        if not asks and not any(flags[1:]):
+            raise FedtriError(
+                f"example {number}: no token of its response is left within {limit} tokens behind a prompt of {start}; "
+                'raise max_length, or set task_options.truncation to "left"'
+            )
+        tokens.append(ids)
+        learned.append(flags)
+        starts.append(start - cut)
+    terms = np.array([sum(row[1:]) for row in learned], np.int64)
+    return TextToContinue(
+        tokens=Ragged.of(tokens),
+        learned=Ragged.of(learned),
+        answered_from=np.array(starts, np.int64),
+        responses=responses,
+        labels=labels,
+        pad=checkpoints.pad_of(tokenizer),
+        terms=terms,
+    )
+
+
+def beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The token that the tokenizer puts before every text, where it has one."""
+    bos: Any = tokenizer.bos_token_id
+    return [bos] if bos is not None and tokenizer("")["input_ids"][:1] == [bos] else []
+
+
+@dataclass(frozen=True)
+class CausalLM:
+    """Cross-entropy of each response token given all before it; accuracy is that of tokens."""
+
+    classes: int
+    tokenizer: PreTrainedTokenizerBase
+    exact_match: ExactMatch
+    generations: int
+    max_new_tokens: int
+
+    def scores(self, cohort: Cohort, batch: Batch) -> Scores:
+        """Loss and hits of each sample, summed over its response's tokens."""
+        return response_scores(cohort.model, {k: v for k, v in batch.items() if k != "labels"}, batch["labels"])
+
+    def feature_size(self, model: nn.Module) -> int:
+        """The backbone's hidden size."""
+        return model.config.hidden_size  # pyright: ignore[reportAttributeAccessIssue, reportReturnType]
+
+    def features(self, model: nn.Module, batch: Batch) -> Float[Tensor, "batch d"]:
+        """The last hidden states' mean over all real tokens, prompt and response."""
+        return mean_pooled(model, {k: v for k, v in batch.items() if k != "labels"})
+
+    def more_metrics(
+        self, cohort: Cohort, examples: Examples, rows: Mapping[int, Rows], found: Mapping[int, Mapping[str, float]]
+    ) -> Mapping[int, Mapping[str, float]]:
+        """Perplexity; and the share of exact answers, where asked for."""
+        more = {slot: {"perplexity": math.exp(min(scores["loss"], 700))} for slot, scores in found.items()}
+        if self.exact_match == "none":
+            return more
+        assert isinstance(examples, TextToContinue)
+        known = examples
+
+        def answer(chosen: Sequence[int]) -> list[str]:
+            prompts = to_device(known.prompts(chosen), cohort)
+            return generate(cohort.model, self.tokenizer, prompts, self.max_new_tokens)
+
+        asked = {slot: own[: self.generations] for slot, own in rows.items()}
+        shares = exact_matches(cohort, asked, answer, lambda row: known.responses[row], self.exact_match)
+        return {slot: {**scores, "exact_match": shares[slot]} for slot, scores in more.items()}
+
+
+def to_device(batch: Batch, cohort: Cohort) -> dict[str, Tensor]:
+    """The batch where the cohort's model is."""
+    return {name: value.to(cohort.device) for name, value in batch.items()}
+
+
+def load(model: str, label_names: Sequence[str], weights: Weights) -> Loaded:
+    """A causal language model and its tokenizer. Raises FedtriError in one line where it is none."""
+    loaded, fresh = checkpoints.load_model(AutoModelForCausalLM, model, WHAT, weights, lambda model: [])
+    tokenizer = checkpoints.load_tokenizer(model, loaded, WHAT)
+    if tokenizer.eos_token_id is None:
+        raise FedtriError(
+            f"model: {model}: its tokenizer has no end-of-sequence token, expected one to end responses with; "
+            "set eos_token in its tokenizer_config.json"
+        )
+    return Loaded(loaded, tokenizer, fresh)

@@ -1,0 +1,89 @@
+"""Classifying images: any AutoModelForImageClassification, cross-entropy, mean-pooled features."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForImageClassification, PretrainedConfig
+
+from fedtri.adapter import Cohort
+from fedtri.models import Weights, backbone_of
+from fedtri.tasks import classes, images
+from fedtri.tasks.base import Batch, Examples, Loaded, Recipe, Rows, Scores
+
+WHAT = "an image classifier"
+
+
+def image_classification() -> Recipe:
+    """One class for an image, by an AutoModelForImageClassification."""
+    return Recipe(
+        name="image_classification",
+        peft_type=None,
+        roles=("image", "label"),
+        pool=images.pool,
+        load=load,
+        examples=lambda pool, processor, _: images.examples(pool, processor),
+        learning=lambda label_names, _: ImageClassification(len(label_names)),
+        skeleton=skeleton,
+        classifies=True,
+        answers=answers,
+    )
+
+
+def load(model: str, label_names: Sequence[str], weights: Weights) -> Loaded:
+    """An image classifier of these classes and its processor. Raises FedtriError in one line where it is none."""
+    loaded, fresh = classes.load_classifier(AutoModelForImageClassification, model, WHAT, weights, label_names)
+    return Loaded(loaded, images.load_image_processor(model, loaded, WHAT), fresh)
+
+
+def skeleton(shape: PretrainedConfig) -> nn.Module:
+    """The classifier, or the bare model where the architecture has none."""
+    if type(shape) in AutoModelForImageClassification._model_mapping:
+        return AutoModelForImageClassification.from_config(shape)
+    return AutoModel.from_config(shape)
+
+
+@dataclass(frozen=True)
+class ImageClassification:
+    """Cross-entropy over the classes of an AutoModelForImageClassification."""
+
+    classes: int
+
+    def logits(self, cohort: Cohort, batch: Batch) -> Float[Tensor, "batch classes"]:
+        """The head's scores for each class."""
+        return cohort.model(pixel_values=images.pixels(cohort.model, batch)).logits
+
+    def scores(self, cohort: Cohort, batch: Batch) -> Scores:
+        """Cross-entropy and whether the largest score is the label's, of each sample."""
+        return classes.classified(self.logits(cohort, batch), batch["labels"])
+
+    def feature_size(self, model: nn.Module) -> int:
+        """The backbone's hidden size, of its last stage where it has several."""
+        config: Any = model.get_submodule(backbone_of(model)).config
+        stages = getattr(config, "hidden_sizes", None)
+        return stages[-1] if stages else config.hidden_size
+
+    def features(self, model: nn.Module, batch: Batch) -> Float[Tensor, "batch d"]:
+        """The last hidden states' mean over all tokens, or over all places of a feature map."""
+        backbone = model.get_submodule(backbone_of(model))
+        hidden = backbone(pixel_values=images.pixels(model, batch)).last_hidden_state
+        return hidden.mean(1) if hidden.dim() == 3 else hidden.mean((2, 3))
+
+    def more_metrics(
+        self, cohort: Cohort, examples: Examples, rows: Mapping[int, Rows], found: Mapping[int, Mapping[str, float]]
+    ) -> Mapping[int, Mapping[str, float]]:
+        """None."""
+        return {}
+
+
+def answers(
+    cohort: Cohort, processor: images.ImageProcessor, label_names: Sequence[str], inputs: Sequence[str], limit: int
+) -> list[str]:
+    """The likeliest class of each image file and its probability."""
+    batch = {"pixel_values": images.of_files(inputs, processor).to(cohort.device)}
+    cohort.route([0] * len(inputs))
+    with torch.inference_mode():
+        return classes.likeliest(ImageClassification(len(label_names)).logits(cohort, batch), label_names)

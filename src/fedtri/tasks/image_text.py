@@ -1,0 +1,160 @@
+"""Classifying images by texts, as CLIP does: an image's class is the one whose prompt lies nearest to it.
+
+    p(class | image) ∝ exp(t · cos(image tower(image), text tower(prompt of the class)))     t: the model's own scale
+
+Both towers are adapted and there is no head: classes are words, so clients may differ in them and a new one needs only
+its name. Each client's text tower is another, so the prompts pass through it once for each client of a batch.
+Source: CLIP, arXiv:2103.00020, section 3.1.4.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+from transformers import AutoModel, CLIPModel
+
+from fedtri.adapter import Cohort, precision
+from fedtri.errors import FedtriError
+from fedtri.models import Weights
+from fedtri.tasks import checkpoints, classes, images
+from fedtri.tasks.base import Batch, Examples, Loaded, Recipe, Rows, Scores
+
+WHAT = "a CLIP model"
+
+
+def image_text(*, prompt: str = "a photo of a {}") -> Recipe:
+    """One class for an image, by a CLIPModel; `prompt` makes a text of a class's name, which goes where {} is."""
+    if prompt.count("{}") != 1:
+        raise FedtriError(
+            f"task_options.prompt: expected a text with one {{}}, where the class's name goes, got {prompt!r}"
+        )
+    return Recipe(
+        name="image_text",
+        peft_type=None,
+        roles=("image", "label"),
+        pool=images.pool,
+        load=load,
+        examples=lambda pool, processor, _: images.examples(pool, processor.images),
+        learning=partial(learning, prompt),
+        skeleton=AutoModel.from_config,
+        head=lambda model: [],
+        classifies=True,
+        answers=partial(answers, prompt),
+    )
+
+
+@dataclass(frozen=True)
+class Processor:
+    """What turns images and prompts into a CLIP model's inputs."""
+
+    images: images.ImageProcessor
+    tokenizer: Any
+    limit: int
+    """Tokens that the text tower takes."""
+    end: int | None
+    """The token whose state stands for a prompt; None where it is the largest one."""
+
+    def save_pretrained(self, folder: Any) -> None:
+        """Both beside the weights, as transformers keeps them."""
+        self.images.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+
+def load(model: str, label_names: Sequence[str], weights: Weights) -> Loaded:
+    """A CLIP model, its image processor and tokenizer. Raises FedtriError in one line where it is none."""
+    config: Any = checkpoints.load_config(model, WHAT)
+    if config.model_type != "clip":
+        raise FedtriError(f"model: {model} is of type {config.model_type!r}, expected {WHAT} for task image_text")
+    loaded, fresh = checkpoints.load_model(CLIPModel, model, WHAT, weights, lambda _: [])
+    text = config.text_config
+    return Loaded(
+        loaded,
+        Processor(
+            images.load_image_processor(model, loaded, WHAT),
+            checkpoints.load_tokenizer(model, loaded, WHAT),
+            text.max_position_embeddings,
+            None if text.eos_token_id == 2 else text.eos_token_id,  # as CLIPTextModel has it
+        ),
+        fresh,
+    )
+
+
+def learning(prompt: str, label_names: Sequence[str], processor: Processor) -> "ImageText":
+    """Images against these classes' prompts. Raises FedtriError for prompts that are too long, or that are the same."""
+    texts = [prompt.format(name) for name in label_names]
+    found = processor.tokenizer(texts)["input_ids"]
+    for text, ids in zip(texts, found, strict=True):
+        if len(ids) > processor.limit or (processor.end is not None and processor.end not in ids):
+            what = f"{len(ids)} tokens" if len(ids) > processor.limit else "no end of text"
+            raise FedtriError(
+                f"task_options.prompt: {text!r} has {what}, expected at most {processor.limit} tokens and an end; "
+                "shorten it or the class's name, or correct the tokenizer"
+            )
+    for place, ids in enumerate(found):
+        if (first := found.index(ids)) < place:
+            raise FedtriError(
+                f"task_options.prompt: classes {label_names[first]!r} and {label_names[place]!r} make the same tokens "
+                f"of {texts[place]!r}, expected a prompt of its own for each; rename one of them"
+            )
+    batch = processor.tokenizer(texts, padding=True, return_tensors="pt")
+    return ImageText(len(texts), batch["input_ids"], batch["attention_mask"])
+
+
+@dataclass(frozen=True)
+class ImageText:
+    """Cross-entropy over the similarities of an image and every class's prompt."""
+
+    classes: int
+    prompts: Int[Tensor, "classes tokens"]
+    mask: Int[Tensor, "classes tokens"]
+
+    def logits(self, cohort: Cohort, batch: Batch) -> Float[Tensor, "batch classes"]:
+        """Each image's similarity to every prompt, by its own client's towers, times the model's scale."""
+        model: Any = cohort.model
+        image = embedding(model, batch)
+        with cohort.routing.once_a_client(self.classes) as own:
+            clients = int(own.max()) + 1
+            ids, mask = (value.to(image.device).repeat(clients, 1) for value in (self.prompts, self.mask))
+            text = model.get_text_features(input_ids=ids, attention_mask=mask).pooler_output
+        text = normalize(text.to(image.dtype), dim=-1).unflatten(0, (clients, -1))  # (clients, classes, d)
+        return model.logit_scale.to(image.dtype).exp() * (text[own] @ image[..., None])[..., 0]
+
+    def scores(self, cohort: Cohort, batch: Batch) -> Scores:
+        """Cross-entropy and whether the nearest prompt is the label's, of each sample."""
+        return classes.classified(self.logits(cohort, batch), batch["labels"])
+
+    def feature_size(self, model: nn.Module) -> int:
+        """The width of the space that both towers project to."""
+        config: Any = model.config
+        return config.projection_dim
+
+    def features(self, model: nn.Module, batch: Batch) -> Float[Tensor, "batch d"]:
+        """The image's embedding, of length 1."""
+        return embedding(model, batch)
+
+    def more_metrics(
+        self, cohort: Cohort, examples: Examples, rows: Mapping[int, Rows], found: Mapping[int, Mapping[str, float]]
+    ) -> Mapping[int, Mapping[str, float]]:
+        """None."""
+        return {}
+
+
+def embedding(model: Any, batch: Batch) -> Float[Tensor, "batch d"]:
+    """The image tower's projection of each image, of length 1."""
+    found = model.get_image_features(pixel_values=images.pixels(model, batch)).pooler_output
+    return normalize(found.to(precision(found)), dim=-1)
+
+
+def answers(
+    prompt: str, cohort: Cohort, processor: Processor, label_names: Sequence[str], inputs: Sequence[str], limit: int
+) -> list[str]:
+    """The likeliest class of each image file and its probability."""
+    batch = {"pixel_values": images.of_files(inputs, processor.images).to(cohort.device)}
+    cohort.route([0] * len(inputs))
+    with torch.inference_mode():
+        return classes.likeliest(learning(prompt, label_names, processor).logits(cohort, batch), label_names)

@@ -1,0 +1,189 @@
+"""Tagging the words of a text: one class a word, scored at the word's first token."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForTokenClassification, PretrainedConfig, PreTrainedTokenizerBase
+
+from fedtri.adapter import Cohort
+from fedtri.data import pool as pools
+from fedtri.data.pool import Pool, Source
+from fedtri.errors import FedtriError
+from fedtri.models import Weights, head_layers
+from fedtri.tasks import checkpoints
+from fedtri.tasks.base import Batch, Examples, Loaded, Recipe, Rows, Scores
+from fedtri.tasks.pooling import mean_pooled
+from fedtri.tasks.ragged import Ragged
+from fedtri.tasks.responses import IGNORED
+
+WHAT = "a token classifier"
+
+
+def token_classification() -> Recipe:
+    """One class for each word of a text, by an AutoModelForTokenClassification."""
+    return Recipe(
+        name="token_classification",
+        peft_type="TOKEN_CLS",
+        roles=("tokens", "tags"),
+        pool=pool,
+        load=load,
+        examples=examples,
+        learning=lambda label_names, _: TokenClassification(len(label_names)),
+        skeleton=skeleton,
+        answers=answers,
+    )
+
+
+def pool(source: Source) -> Pool:
+    """Columns "tokens" (lists of words) and "tags" (ids, one a word). Sketches know no classes here.
+
+    Raises FedtriError for a column that holds something else, and for an example with more tags than words or fewer.
+    """
+    names = {role: pools.column(source, role) for role in ("tokens", "tags")}
+    words, tags = (source.table[name].to_pylist() for name in names.values())
+    for row, (some, own) in enumerate(zip(words, tags, strict=True), start=1):
+        where = f"{source.where}: example {row}"
+        if not isinstance(some, list) or not some or not all(isinstance(word, str) and word.strip() for word in some):
+            raise FedtriError(f'{where}: column "{names["tokens"]}" holds {str(some)[:60]}, expected a list of words')
+        if not isinstance(own, list) or len(own) != len(some):
+            count = len(own) if isinstance(own, list) else "no"
+            raise FedtriError(
+                f"{where}: {len(some)} words and {count} tags, expected as many; see columns.tokens and columns.tags"
+            )
+    flat = pa.table({"tag": [tag for own in tags for tag in own]})
+    found = {"tag": source.names[names["tags"]]} if names["tags"] in source.names else {}
+    ids, label_names = pools.labels(Source(source.name, source.where, flat, {"label": "tag"}, found), "tag")
+    if len(label_names) < 2:
+        raise FedtriError(
+            f'{source.where}: column "{names["tags"]}" holds one tag, expected at least two to tell apart'
+        )
+    ends = np.cumsum([0, *map(len, tags)])
+    columns = {
+        "tokens": source.table[names["tokens"]],
+        "tags": [ids[a:b] for a, b in pairwise(ends)],
+    }
+    return pools.made(source, columns, {*names.values(), "label"}, label_names)
+
+
+@dataclass(frozen=True)
+class TaggedTexts:
+    """Token ids of all examples, and the class of each word's first token, IGNORED elsewhere."""
+
+    tokens: Ragged
+    tags: Ragged
+    pad: int
+    terms: Int[np.ndarray, "n"]
+    labels: None = None
+
+    @property
+    def lengths(self) -> Int[np.ndarray, "n"]:
+        """Tokens of each example."""
+        return self.tokens.lengths
+
+    def batch(self, rows: Rows) -> Batch:
+        """input_ids, attention_mask (absent where nothing is padded), labels (batch, tokens)."""
+        mask = self.tokens.mask(rows)
+        batch = {
+            "input_ids": self.tokens.padded(rows, mask, self.pad),
+            "labels": self.tags.padded(rows, mask, IGNORED),
+        }
+        if not mask.all():
+            batch["attention_mask"] = torch.from_numpy(mask.astype(np.int64))
+        return batch
+
+
+def examples(pool: Pool, tokenizer: PreTrainedTokenizerBase, max_length: int) -> TaggedTexts:
+    """The pool tokenised; words beyond max_length tokens are cut off and not scored."""
+    return tokenize(tokenizer, list(pool.table["tokens"]), list(pool.table["tags"]), max_length)
+
+
+def tokenize(
+    tokenizer: PreTrainedTokenizerBase, words: Sequence[Sequence[str]], tags: Sequence[Sequence[int]], max_length: int
+) -> TaggedTexts:
+    """Tokenise texts that are split into words. Raises FedtriError where the tokenizer is not a fast one."""
+    if not tokenizer.is_fast:
+        raise FedtriError("model: token_classification needs a fast tokenizer; save a tokenizer.json beside the model")
+    limit = min(max_length, tokenizer.model_max_length)
+    encoded = tokenizer([list(w) for w in words], is_split_into_words=True, truncation=True, max_length=limit)
+    found = []
+    for row, own in enumerate(tags):
+        places: list[Any] = encoded.word_ids(row)
+        first = [word is not None and word != before for word, before in zip(places, [None, *places], strict=False)]
+        found.append([own[word] if begins else IGNORED for word, begins in zip(places, first, strict=True)])
+    terms = np.array([sum(tag != IGNORED for tag in row) for row in found], np.int64)
+    return TaggedTexts(Ragged.of(encoded["input_ids"]), Ragged.of(found), checkpoints.pad_of(tokenizer), terms)
+
+
+@dataclass(frozen=True)
+class TokenClassification:
+    """Cross-entropy over the classes at each word's first token; accuracy is that of words."""
+
+    tags: int
+    classes: int = 1
+    """Those of sketches, which know no tags: one mixture over all texts."""
+
+    def scores(self, cohort: Cohort, batch: Batch) -> Scores:
+        """Loss and hits of each text, summed over its words."""
+        logits, labels = cohort.model(**_inputs(batch)).logits, batch["labels"]
+        loss = cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORED)
+        hits = logits.detach().argmax(-1) == labels  # never true where ignored
+        return Scores(loss.view_as(labels).sum(1), hits.sum(1).to(loss.dtype))
+
+    def feature_size(self, model: nn.Module) -> int:
+        """The backbone's hidden size."""
+        return model.config.hidden_size  # pyright: ignore[reportAttributeAccessIssue, reportReturnType]
+
+    def features(self, model: nn.Module, batch: Batch) -> Float[Tensor, "batch d"]:
+        """The last hidden states' mean over real tokens."""
+        return mean_pooled(model, _inputs(batch))
+
+    def more_metrics(
+        self, cohort: Cohort, examples: Examples, rows: Mapping[int, Rows], found: Mapping[int, Mapping[str, float]]
+    ) -> Mapping[int, Mapping[str, float]]:
+        """None."""
+        return {}
+
+
+def _inputs(batch: Batch) -> Batch:
+    return {name: value for name, value in batch.items() if name != "labels"}
+
+
+def load(model: str, label_names: Sequence[str], weights: Weights) -> Loaded:
+    """A token classifier of these classes and its tokenizer. Raises FedtriError in one line where it is none."""
+    names = dict(enumerate(label_names))
+    loaded, fresh = checkpoints.load_model(
+        AutoModelForTokenClassification, model, WHAT, weights, head_layers, num_labels=len(names), id2label=names,
+        label2id={v: k for k, v in names.items()}, ignore_mismatched_sizes=True,
+    )  # fmt: skip
+    return Loaded(loaded, checkpoints.load_tokenizer(model, loaded, WHAT), fresh)
+
+
+def skeleton(shape: PretrainedConfig) -> nn.Module:
+    """The token classifier of a configuration."""
+    return AutoModelForTokenClassification.from_config(shape)
+
+
+def answers(
+    cohort: Cohort, tokenizer: PreTrainedTokenizerBase, label_names: Sequence[str], inputs: Sequence[str], limit: int
+) -> list[str]:
+    """The likeliest class of each word, words being what white space divides; "…" for what is beyond the limit."""
+    words = [text.split() for text in inputs]
+    found = tokenize(tokenizer, words, [[0] * len(own) for own in words], limit)
+    batch = {name: value.to(cohort.device) for name, value in found.batch(np.arange(len(inputs))).items()}
+    cohort.route([0] * len(inputs))
+    with torch.inference_mode():
+        best = cohort.model(**_inputs(batch)).logits.argmax(-1)
+    said = []
+    for own, classes, labels in zip(words, best, batch["labels"], strict=True):
+        tags = [label_names[int(c)] for c in classes[labels != IGNORED]]
+        pairs = [f"{word}/{tag}" for word, tag in zip(own, tags, strict=False)]
+        said.append(" ".join(pairs + ["…"] * (len(tags) < len(own))))
+    return said

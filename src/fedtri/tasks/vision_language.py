@@ -1,0 +1,255 @@
+"""Models that answer a prompt about an image, as LLaVA does: loss on the response alone, as in causal_lm.
+
+The image goes before its prompt, as so many image tokens as the processor makes of it; the vision tower's states take
+their places. Both towers are adapted. Models that make one grid of pixels of an image are taken, others refused.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from PIL import Image
+from torch import Tensor, nn
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from fedtri.adapter import Cohort
+from fedtri.data import images as columns
+from fedtri.data import pool as pools
+from fedtri.data.pool import Pool, Source
+from fedtri.errors import FedtriError
+from fedtri.models import Weights
+from fedtri.tasks import checkpoints, images
+from fedtri.tasks.base import Batch, Examples, Loaded, Recipe, Rows, Scores
+from fedtri.tasks.causal_lm import TextToContinue, to_device, tokenize
+from fedtri.tasks.dialogue import Segment, Template
+from fedtri.tasks.images import Pixels
+from fedtri.tasks.pooling import mean_pooled
+from fedtri.tasks.responses import ExactMatch, exact_matches, generate, response_scores
+
+WHAT = "a model of images and text"
+
+
+def vision_language(
+    *, template: Template = "auto", exact_match: ExactMatch = "none", generations: int = 50, max_new_tokens: int = 64
+) -> Recipe:
+    """The response to a prompt about an image, by an AutoModelForImageTextToText.
+
+    Args:
+        template: "chat" by the processor's chat template, "plain" as image, line break, prompt, line break; "auto" is
+            chat where the processor has a template.
+        exact_match: Whether test prompts are answered by generation and judged, by their final number or whole text.
+        generations: At most so many test prompts a client are answered.
+        max_new_tokens: The longest answer.
+    """
+    if generations < 1 or max_new_tokens < 1:
+        raise FedtriError(
+            "task_options: expected generations and max_new_tokens of at least 1, "
+            f"got {generations} and {max_new_tokens}"
+        )
+
+    def learning(label_names: Sequence[str], processor: Processor) -> VisionLanguage:
+        return VisionLanguage(max(1, len(label_names)), processor.tokenizer, exact_match, generations, max_new_tokens)
+
+    return Recipe(
+        name="vision_language",
+        peft_type="CAUSAL_LM",
+        roles=("image", "prompt", "response", "label"),
+        pool=pool,
+        load=load,
+        examples=lambda pool, processor, limit: examples(pool, processor, limit, template),
+        learning=learning,
+        skeleton=AutoModelForImageTextToText.from_config,
+        head=lambda model: [],
+    )
+
+
+def pool(source: Source) -> Pool:
+    """Columns "image", "prompt" and "response"; and "label" where examples have a domain. Raises FedtriError."""
+    found: dict[str, Any] = {role: pools.texts(source, role) for role in ("prompt", "response")}
+    found["image"] = columns.images(source)
+    used = {pools.optional(source, role) for role in found}
+    if (label := pools.optional(source, "label")) is None:
+        return pools.made(source, found, used)
+    ids, names = pools.labels(source, label)
+    return pools.made(source, {**found, "label": ids}, {*used, label}, names)
+
+
+@dataclass(frozen=True)
+class Processor:
+    """What turns an image and a prompt into a model's inputs."""
+
+    processor: Any
+    tokenizer: Any
+    tokens: int
+    """Image tokens that stand for an image."""
+
+    def save_pretrained(self, folder: Any) -> None:
+        """Beside the weights, as transformers keeps it."""
+        self.processor.save_pretrained(folder)
+
+    @property
+    def image(self) -> str:
+        """An image in a text, before it is expanded."""
+        return self.processor.image_token
+
+    def expanded(self, text: str) -> str:
+        """The text with as many image tokens as the image has."""
+        return text.replace(self.image, self.image * self.tokens)
+
+
+def load(model: str, label_names: Sequence[str], weights: Weights) -> Loaded:
+    """A model, its processor and tokenizer. Raises FedtriError in one line where it is none, or lays images out
+    in a way of its own."""
+    loaded, fresh = checkpoints.load_model(AutoModelForImageTextToText, model, WHAT, weights, lambda _: [])
+    tokenizer = checkpoints.load_tokenizer(model, loaded, WHAT)
+    processor = checkpoints.load_processor(AutoProcessor, model, WHAT, backend="pil")
+    blank = Image.new("RGB", (40, 30))
+    try:
+        text = f"{processor.image_token}\n"
+        found = processor(images=[blank], text=[text], return_tensors="np")
+        place = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
+        made = Processor(processor, tokenizer, int((found["input_ids"] == place).sum()))
+        plain = tokenizer(made.expanded(text))["input_ids"] == found["input_ids"][0].tolist()
+        inputs = set(found) - {"input_ids", "attention_mask", "token_type_ids"}
+        fits = plain and made.tokens > 0 and inputs == {"pixel_values"} and found["pixel_values"].ndim == 4
+    except (AttributeError, TypeError, ValueError, KeyError, IndexError):
+        fits = False
+    if not fits:
+        raise FedtriError(
+            f"model: {model} lays images out in a way of its own ({type(processor).__name__}), expected one grid of "
+            "pixels and one run of image tokens for an image, as in LLaVA; choose such a checkpoint"
+        )
+    images.fitting(processor.image_processor, model, loaded)
+    return Loaded(loaded, made, fresh)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Texts to continue, and the image that each is about."""
+
+    text: TextToContinue
+    pixels: Pixels
+
+    @property
+    def lengths(self) -> Int[np.ndarray, "n"]:
+        """Tokens of each example, those of its image included."""
+        return self.text.lengths
+
+    @property
+    def terms(self) -> Int[np.ndarray, "n"]:
+        """Response tokens of each example."""
+        return self.text.terms
+
+    @property
+    def labels(self) -> Int[np.ndarray, "n"] | None:
+        """The domain of each example, where there are any."""
+        return self.text.labels
+
+    def batch(self, rows: Rows) -> Batch:
+        """Those of the texts, and pixel_values."""
+        return {**self.text.batch(rows), "pixel_values": self.pixels.batch(rows)}
+
+    def prompts(self, rows: Sequence[int]) -> Batch:
+        """What precedes the responses, padded on the left, and pixel_values."""
+        return {**self.text.prompts(rows), "pixel_values": self.pixels.batch(np.asarray(rows, np.int64))}
+
+
+def examples(pool: Pool, processor: Processor, max_length: int, template: Template = "auto") -> Seen:
+    """The pool tokenised and decoded. An over-long example loses the end of its response, never its image.
+
+    Raises FedtriError where nothing of a response is left, a text holds the image token, or an image cannot be read.
+    """
+    prompts, responses = list(pool.table["prompt"]), list(pool.table["response"])
+    for number, texts in enumerate(zip(prompts, responses, strict=True), start=1):
+        if any(processor.image in text for text in texts):
+            raise FedtriError(
+                f"{pool.name}, example {number}: a text holds {processor.image!r}, expected the image in its own "
+                "column alone; remove it from the text"
+            )
+    chats = _chats(processor, template)
+    segments = [(_turns if chats else _plain)(processor, *texts) for texts in zip(prompts, responses, strict=True)]
+    text = tokenize(processor.tokenizer, segments, max_length, "right", responses, pool.labels)
+    return Seen(text, images.pixels_of(pool.table["image"], processor.processor.image_processor))
+
+
+def _chats(processor: Processor, template: Template) -> bool:
+    has = bool(getattr(processor.processor, "chat_template", None))
+    if template == "chat" and not has:
+        raise FedtriError(
+            'task_options.template: "chat" needs a chat template, which this processor does not have; save a '
+            'chat_template.jinja beside it, or set it to "plain"'
+        )
+    return has and template != "plain"
+
+
+def _plain(processor: Processor, prompt: str, response: str) -> list[Segment]:
+    return [
+        Segment(processor.expanded(f"{processor.image}\n{prompt}\n"), False),
+        Segment(response, True, ends=True),
+    ]
+
+
+def _turns(processor: Processor, prompt: str, response: str) -> list[Segment]:
+    """The two turns as the template writes them, cut where the response begins."""
+    asked = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}
+    said = {"role": "assistant", "content": [{"type": "text", "text": response}]}
+    write = processor.processor.apply_chat_template
+    before, after = write([asked], add_generation_prompt=True), write([asked, said])
+    if not after.startswith(before) or before.count(processor.image) != 1:
+        raise FedtriError(
+            "model: its chat template rewrites the prompt when a response is added, or leaves out the image; set "
+            'task_options.template to "plain"'
+        )
+    return [Segment(processor.expanded(before), False, begins=False), Segment(after[len(before) :], True)]
+
+
+@dataclass(frozen=True)
+class VisionLanguage:
+    """Cross-entropy of each response token given the image and all before it; accuracy is that of tokens."""
+
+    classes: int
+    tokenizer: Any
+    exact_match: ExactMatch
+    generations: int
+    max_new_tokens: int
+
+    def scores(self, cohort: Cohort, batch: Batch) -> Scores:
+        """Loss and hits of each sample, summed over its response's tokens."""
+        return response_scores(cohort.model, _inputs(cohort.model, batch), batch["labels"])
+
+    def feature_size(self, model: nn.Module) -> int:
+        """The language model's hidden size."""
+        config: Any = model.config
+        return config.get_text_config().hidden_size
+
+    def features(self, model: nn.Module, batch: Batch) -> Float[Tensor, "batch d"]:
+        """The last hidden states' mean over image, prompt and response."""
+        return mean_pooled(model, _inputs(model, batch))
+
+    def more_metrics(
+        self, cohort: Cohort, examples: Examples, rows: Mapping[int, Rows], found: Mapping[int, Mapping[str, float]]
+    ) -> Mapping[int, Mapping[str, float]]:
+        """Perplexity; and the share of exact answers, where asked for."""
+        more = {slot: {"perplexity": math.exp(min(scores["loss"], 700))} for slot, scores in found.items()}
+        if self.exact_match == "none":
+            return more
+        assert isinstance(examples, Seen)
+        seen = examples
+
+        def answer(chosen: Sequence[int]) -> list[str]:
+            prompts = _inputs(cohort.model, to_device(seen.prompts(chosen), cohort))
+            return generate(cohort.model, self.tokenizer, prompts, self.max_new_tokens)
+
+        asked = {slot: own[: self.generations] for slot, own in rows.items()}
+        shares = exact_matches(cohort, asked, answer, lambda row: seen.text.responses[row], self.exact_match)
+        return {slot: {**scores, "exact_match": shares[slot]} for slot, scores in more.items()}
+
+
+def _inputs(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+    """What the model takes of a batch."""
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    return {**inputs, "pixel_values": images.pixels(model, batch)}
