@@ -1,4 +1,4 @@
-"""Bytes on the wire per client and round: CE-LoRA over fedtri's messages, and LoRA as Flower's and PEFT's users send it.
+"""Bytes on the wire per client and round: CE-LoRA as fedtri sends it, and LoRA as users of Flower and PEFT do.
 
     python benchmarks/network_bytes.py [--out docs/results/network_bytes.md]
 

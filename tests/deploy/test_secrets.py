@@ -1,4 +1,4 @@
-"""Nothing of a client's texts, labels, paths or errors reaches the server: planted strings are looked for everywhere."""
+"""Nothing of a client's texts, labels, paths or errors reaches the server: planted strings are looked for."""
 
 import logging
 from pathlib import Path
