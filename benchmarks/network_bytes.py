@@ -1,8 +1,8 @@
-"""Bytes on the wire per client and round: CE-LoRA over fedtri's messages, and LoRA as Flower's and PEFT's users send it.
+"""Bytes on the wire per client and round: CE-LoRA as fedtri sends it, and LoRA as users of Flower and PEFT do.
 
     python benchmarks/network_bytes.py [--out docs/results/network_bytes.md]
 
-MiniLM, rank 8, two clients' worth of settled rounds. A message's body is all that Flower moves of its content: the
+MiniLM, rank 8, one client's settled round. A message's body is all that Flower moves of its content: the
 bytes of the message's objects, as the SuperLink stores and sends them. What HTTP, TLS and polling add is left out.
 """
 
@@ -12,13 +12,13 @@ from pathlib import Path
 
 import peft
 import tomli_w
+import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.task_identity import TaskIdentity
 from transformers import AutoModelForSequenceClassification
 
 from fedtri import wire
-from fedtri.data import docstrings
 from fedtri.deploy import site
 from fedtri.deploy.terms import fingerprint
 from fedtri.models import locate
@@ -27,7 +27,6 @@ from fedtri.transport.sealed import Terms
 from fedtri.types import Factors
 
 CLIENT, RUN = "site1", bytes(8)
-LAYERS = [f"encoder.layer.{i}.attention.self.{name}" for i in range(6) for name in ("query", "value")]
 
 
 def body(content: RecordDict) -> int:
@@ -45,8 +44,8 @@ def buffer(data: bytes) -> int:
 def ce_lora(folder: Path) -> tuple[int, int, int]:
     """(payload, up, down) of a settled round: what goes up with training, down with delivery and evaluation."""
     labels = ["numpy", "python", "scikit-learn", "scipy", "torch", "transformers"]
-    table = docstrings.load().table.to_pandas()[["text", "label"]].sample(120, random_state=0)
-    table.to_csv(folder / "data.csv", index=False)
+    rows = [f"example {number} about {labels[number % 6]},{labels[number % 6]}" for number in range(60)]
+    (folder / "data.csv").write_text("\n".join(["text,label", *rows]) + "\n")
     network = {"clients": [CLIENT, "site2"], "labels": labels}
     config = {"method": "ce_lora", "head": "personal", "steps": 2, "network": network}
     path = folder / "federation.toml"
@@ -77,7 +76,11 @@ def flower_peft() -> tuple[int, int, int]:
     """(payload, up, down) of LoRA's A and B, an array each, in Flower's own records: one message each way."""
     model = AutoModelForSequenceClassification.from_pretrained(locate("minilm"), num_labels=6)
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=8, target_modules=["query", "value"]))
-    state = peft.get_peft_model_state_dict(adapted)
+    drawn = torch.Generator().manual_seed(0)  # a B of zeros would be the same object twelve times, and sent once
+    state = {
+        name: torch.randn(value.shape, generator=drawn)
+        for name, value in peft.get_peft_model_state_dict(adapted).items()
+    }
     payload = sum(value.numel() * value.element_size() for value in state.values())
     config = ConfigRecord({"server-round": 1, "lr": 3e-3})
     metrics = MetricRecord({"num-examples": 84, "train_loss": 1.25, "accuracy": 0.5, "loss": 1.5})

@@ -100,8 +100,7 @@ def test_a_buffer_changed_on_its_way_is_refused_and_never_outgrows_the_limit(sou
 @given(st.sampled_from(SOURCES), st.lists(changes, min_size=1, max_size=4))
 def test_a_buffer_signed_anew_is_refused_or_says_what_a_valid_one_may_say(source, several):
     """2,600 mutated buffers whose checksum is right: what is accepted has the layout's keys and shapes, holds no
-    more numbers than were sent, and reads the same when it is sent again. Seen to fail with `first <= previous`
-    left out of `_read_runs`, which reads a tensor twice.
+    more numbers than were sent, and reads the same when it is sent again.
     """
     data = source
     for change in several:

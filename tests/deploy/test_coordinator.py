@@ -115,7 +115,6 @@ def misled(lab, tmp_path_factory) -> tuple[Path, Grid]:
 
 @pytest.mark.parametrize("number", range(len(HOSTILE)), ids=list(HOSTILE))
 def test_what_a_client_does_wrong_is_named_and_the_others_round_goes_on(misled, number):
-    """Each seen to be accepted with its own check taken out."""
     folder, _ = misled
     name, (_, kind, why) = list(HOSTILE.items())[number]
     line = lines(folder)[number + 1]

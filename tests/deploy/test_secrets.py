@@ -1,4 +1,4 @@
-"""Nothing of a client's texts, labels, paths or errors reaches the server: planted strings are looked for everywhere."""
+"""Nothing of a client's texts, labels, paths or errors reaches the server: planted strings are looked for."""
 
 import logging
 from pathlib import Path
@@ -19,7 +19,7 @@ def planted(path: Path, client: str) -> None:
 
 
 def test_no_planted_string_is_in_any_message_log_checkpoint_or_report(lab, tmp_path, monkeypatch):
-    """c fails with its label in the error, a and b and d train. Seen to fail with the error's text as the stage."""
+    """c fails with its label in the error, a and b and d train."""
     monkeypatch.setattr(site, "LOG", logging.getLogger("a site's own log"))
     sites = Sites(tmp_path / PLANTED, lab)
     for client in ("a", "b", "c", "d"):

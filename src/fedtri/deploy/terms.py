@@ -21,6 +21,8 @@ def common(path: Path, run_config: Mapping[str, object]) -> Config:
     """
     given = {key: value for key, value in run_config.items() if value not in ("", 0)}
     config = configuration.load(path, (), **given)  # pyright: ignore[reportArgumentType]
+    if config.labels == "own":
+        raise FedtriError(f'{path}: labels: "own" exists in one process only; leave it out')
     for key, least in (("clients", 2), ("labels", 2 if choose_task(config).classifies else 0)):
         found = getattr(config.network, key)
         if len(found) < least or len(set(found)) < len(found):
