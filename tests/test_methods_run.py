@@ -26,6 +26,14 @@ def test_every_method_runs_two_rounds_with_half_of_the_clients(lab, tmp_path, me
             assert math.isfinite(value)
 
 
+def test_without_evaluation_clients_are_scored_after_the_last_round_alone(lab, tmp_path):
+    """Seen to fail with a site that scores nothing where `evaluate` is false."""
+    built = lab.federation(tmp_path, evaluate=False, fraction=0.5)
+    first, last = [progress.line for progress in rounds(built)]
+    assert first["accuracy"] is first["accuracy_local"] is last["accuracy_local"] is None
+    assert set(last["accuracy"]["clients"]) == set(built.transport.clients())
+
+
 def test_mixed_ranks_are_taken_by_these_methods_alone():
     assert MIXED == ["flexlora", "hetlora", "flora", "flora_na"]
 

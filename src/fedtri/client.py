@@ -35,6 +35,7 @@ class Site:
     classes: Mapping[str, np.ndarray] = field(default_factory=dict)
     """The classes of each client's own head, where these differ; empty where all have all."""
     evaluate: bool = True
+    """Whether clients are scored after local training too; where they are asked to evaluate, they do."""
     validate: bool = False
     """Whether the validation split is scored too (early stopping needs it)."""
     token_budget: int = 1024
@@ -171,8 +172,8 @@ def _scores(site: Site, tasks: Sequence[Task]) -> dict[int, dict[str, float]]:
     """Each client's metrics on its test split (and loss on its validation split where asked), by slot."""
     splits = dict(enumerate(site.splits[task.client] for task in tasks))
     found: dict[int, dict[str, float]] = {slot: {} for slot in splits}
-    if not site.evaluate:
-        return found
+    if tasks[0].phase == "train" and not site.evaluate:
+        return found  # the last delivery is scored all the same
     tested = {slot: split.test for slot, split in splits.items() if len(split.test)}
     for slot, scores in (measured := _on(site, tested)).items():
         found[slot] = dict(scores)
