@@ -158,9 +158,9 @@ def summary(
         "partition": config.partition,
         "rounds": len(lines),
         "clients": len(clients),
-        "accuracy": after and engine.spread(after),
-        "accuracy_local": local and engine.spread(local),
-        "test_loss": losses and engine.spread(losses, higher_is_better=False),
+        "accuracy": engine.spread(after),
+        "accuracy_local": engine.spread(local),
+        "test_loss": engine.spread(losses, higher_is_better=False),
         "metrics": {name: spread for line in lines for name, spread in line.get("metrics", {}).items()},
         "guess": sum(guesses) / len(guesses) if guesses else None,
         "bytes": {
