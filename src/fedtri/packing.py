@@ -182,6 +182,11 @@ def agree(found: Tensor, plain: Tensor) -> bool:
     return found.shape == plain.shape and bool(difference <= tolerance * plain.float().norm())
 
 
+def takes_texts(module: nn.Module | None) -> bool:
+    """Whether a trial on short texts says anything of this model: one of images alone has no input_ids."""
+    return module is not None and "input_ids" in inspect.signature(module.forward).parameters
+
+
 def owner_of_layers(backbone: nn.Module) -> nn.Module | None:
     """The module that holds the backbone's only list of layers."""
     owners = [

@@ -23,7 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from fedtri.errors import FedtriError
-from fedtri.packing import agree, backbone_of, layer_list, short_texts
+from fedtri.packing import agree, backbone_of, layer_list, short_texts, takes_texts
 from fedtri.routing import Routing
 
 Rows = Int[np.ndarray, "_"]
@@ -223,7 +223,7 @@ class Prefix:
 def prepare(model: nn.Module, targets: Sequence[str], routing: Routing) -> Prefix | None:
     """A prefix for this model and its adapted layers, or None where none is frozen or a trial on short texts fails."""
     found = layer_list(model)
-    if found is None or not targets or next(model.parameters()).is_meta:
+    if found is None or not targets or not takes_texts(backbone_of(model)) or next(model.parameters()).is_meta:
         return None
     name, layers = found
     number = [at for target in targets for at in range(len(layers)) if target.startswith(f"{name}.{at}.")]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedtri.packing import agree, layer_list, short_texts
+from fedtri.packing import agree, layer_list, short_texts, takes_texts
 from fedtri.routing import Routing
 
 
@@ -65,7 +65,7 @@ class Trim:
 def prepare(model: nn.Module, routing: Routing) -> Trim | None:
     """Trimming for this model, or None where its head reads more than first tokens or no module will do."""
     layers = layer_list(model)
-    if layers is None or next(model.parameters()).is_meta:
+    if layers is None or not takes_texts(model) or next(model.parameters()).is_meta:
         return None
     last = layers[1][-1]
     plain = _logits(model, routing, ours=False)
