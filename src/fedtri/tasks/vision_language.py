@@ -107,7 +107,7 @@ def load(model: str, label_names: Sequence[str], weights: Weights) -> Loaded:
     loaded, fresh = checkpoints.load_model(AutoModelForImageTextToText, model, WHAT, weights, lambda _: [])
     tokenizer = checkpoints.load_tokenizer(model, loaded, WHAT)
     processor = checkpoints.load_processor(AutoProcessor, model, WHAT, backend="pil")
-    blank = Image.new("RGB", (40, 30))
+    blank, made = Image.new("RGB", (40, 30)), None
     try:
         text = f"{processor.image_token}\n"
         found = processor(images=[blank], text=[text], return_tensors="np")
@@ -118,7 +118,7 @@ def load(model: str, label_names: Sequence[str], weights: Weights) -> Loaded:
         fits = plain and made.tokens > 0 and inputs == {"pixel_values"} and found["pixel_values"].ndim == 4
     except (AttributeError, TypeError, ValueError, KeyError, IndexError):
         fits = False
-    if not fits:
+    if made is None or not fits:
         raise FedtriError(
             f"model: {model} lays images out in a way of its own ({type(processor).__name__}), expected one grid of "
             "pixels and one run of image tokens for an image, as in LLaVA; choose such a checkpoint"
