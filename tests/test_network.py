@@ -58,7 +58,7 @@ def test_three_rounds_end_bit_for_bit_as_in_one_process(net, method, tmp_path):
     lines = net.finished(out)
     assert [line["clients"] for line in lines] == [CLIENTS] * 3
     assert not any(line.get("failed") or line.get("refused") for line in lines)
-    assert all(line["latency"].keys() == set(CLIENTS) for line in lines)
+    assert all(network.trained(line) == set(CLIENTS) for line in lines)
     assert_as_local(net, out, config, tmp_path)
 
 
@@ -89,7 +89,7 @@ class Missing(LocalTransport):
     def exchange(self, tasks: Sequence[Task]) -> list[Answer | Failure]:
         there = {task.client for task in tasks}
         if tasks[0].phase == "train":
-            there = set(self.lines[tasks[0].round]["bytes"]["up"])
+            there = network.trained(self.lines[tasks[0].round])
         away = [Failure(task.client, "away") for task in tasks if task.client not in there]
         return [*super().exchange([task for task in tasks if task.client in there]), *away]
 
@@ -120,10 +120,10 @@ def test_a_site_killed_and_one_that_hangs_miss_a_round_and_go_on_from_their_own_
     net.kill(killed)
     misled(net, tmp_path, "key", certificates.pair()[0])
     misled(net, tmp_path, "ca.crt", certificates.authority().certificate)
-    wait_for(lambda: len(network.lines(out)) == 2, 60)
     net.start_sites(killed)
     lines = net.finished(out)
-    assert lines[-1]["latency"].keys() == set(CLIENTS)
+    assert network.trained(lines[1]) == {CLIENTS[0], CLIENTS[3]}
+    assert network.trained(lines[-1]) == set(CLIENTS)
     late = lines[1]["failed"]
     assert late.keys() == {hangs, killed}
     assert late[killed] in (f"{killed}: no answer within 30 s", f"{killed}: went offline")

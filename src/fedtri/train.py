@@ -13,10 +13,10 @@ from typing import TypeVar
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
 
 from fedtri.adapter import Cohort
 from fedtri.tasks import Examples, LearningTask, Scores
+from fedtri.tasks.base import to_device
 from fedtri.threads import side_by_side
 from fedtri.types import Factors
 
@@ -176,7 +176,7 @@ def features(
     with torch.inference_mode():
         for chosen in micro_batches(examples.lengths[rows], token_budget, packed=cohort.packing is not None):
             cohort.route(np.zeros(len(chosen), np.int64), pack=True, examples=rows[chosen])
-            batch = _to_device(examples.batch(rows[chosen]), cohort)
+            batch = to_device(examples.batch(rows[chosen]), cohort)
             found.append((chosen, task.features(cohort.model, batch).float().cpu().numpy()))
     result = np.empty((len(rows), found[0][1].shape[1]), np.float32)
     for chosen, values in found:
@@ -212,12 +212,7 @@ def _passes(
 ) -> Iterator[tuple[Rows, Scores]]:
     for chosen in micro_batches(examples.lengths[rows], token_budget, packed=cohort.packing is not None):
         cohort.route(owners[chosen], pack=True, examples=rows[chosen])
-        yield chosen, task.scores(cohort, _to_device(examples.batch(rows[chosen]), cohort))
-
-
-def _to_device(batch: Mapping[str, Tensor], cohort: Cohort) -> dict[str, Tensor]:
-    device = next(cohort.model.parameters()).device
-    return {name: value.to(device) for name, value in batch.items()}
+        yield chosen, task.scores(cohort, to_device(examples.batch(rows[chosen]), cohort))
 
 
 class _Learner:

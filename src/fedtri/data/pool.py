@@ -159,6 +159,15 @@ def made(
     return pool
 
 
+def made_by_domain(source: Source, columns: Mapping[str, Any]) -> Pool:
+    """The pool of columns by role for a task that predicts no class; a "label", where there is one, is the domain."""
+    used = {optional(source, role) for role in columns}
+    if (label := optional(source, "label")) is None:
+        return made(source, columns, used)
+    ids, names = labels(source, label)
+    return made(source, {**columns, "label": ids}, {*used, label}, names)
+
+
 def sample(rows: int, limit: int, seed: int) -> np.ndarray:
     """At most `limit` row numbers, ascending."""
     if limit < 2:

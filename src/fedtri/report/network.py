@@ -21,8 +21,8 @@ def latency(run: Run) -> pd.DataFrame:
             found.setdefault(client, []).extend(s for s in map(number, _table(phases).values()) if math.isfinite(s))
         for client, times in _table(line.get("retries")).items():
             _count(counts, client, "asked again", int(number(times)))
-    for event in events(run).itertuples():
-        _count(counts, str(event.client), str(event.what), 1)
+    for event in events(run).to_dict("records"):
+        _count(counts, event["client"], event["what"], 1)
     rows = []
     for client in sorted({*found, *counts}):
         times = pd.Series(found.get(client, []), dtype=float)

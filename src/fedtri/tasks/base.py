@@ -85,6 +85,16 @@ class LearningTask(Protocol):
         ...
 
 
+def inputs_of(batch: Batch) -> dict[str, Tensor]:
+    """What of a batch goes into the model: all but the labels."""
+    return {name: value for name, value in batch.items() if name != "labels"}
+
+
+def to_device(batch: Batch, cohort: Cohort) -> dict[str, Tensor]:
+    """The batch where the cohort's model is."""
+    return {name: value.to(cohort.device) for name, value in batch.items()}
+
+
 @dataclass(frozen=True)
 class Loaded:
     """A checkpoint: the model, what turns examples into its inputs, and which of its parameters were not in it."""

@@ -1,6 +1,5 @@
 """Language models that answer a prompt: loss on the response alone, perplexity, token accuracy, exact answers."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,11 +16,11 @@ from fedtri.data.pool import Pool, Source
 from fedtri.errors import FedtriError
 from fedtri.models import Weights
 from fedtri.tasks import checkpoints, dialogue
-from fedtri.tasks.base import Batch, Examples, Loaded, Recipe, Rows, Scores
+from fedtri.tasks.base import Batch, Examples, Loaded, Recipe, Rows, Scores, inputs_of, to_device
 from fedtri.tasks.dialogue import Segment, Template
 from fedtri.tasks.pooling import mean_pooled
 from fedtri.tasks.ragged import Ragged
-from fedtri.tasks.responses import IGNORED, ExactMatch, exact_matches, generate, response_scores
+from fedtri.tasks.responses import IGNORED, Asking, ExactMatch, generate, response_scores
 
 WHAT = "a causal language model"
 
@@ -45,14 +44,10 @@ def causal_lm(
         generations: At most so many test prompts a client are answered.
         max_new_tokens: The longest answer.
     """
-    if generations < 1 or max_new_tokens < 1:
-        raise FedtriError(
-            "task_options: expected generations and max_new_tokens of at least 1, "
-            f"got {generations} and {max_new_tokens}"
-        )
+    asking = Asking(exact_match, generations, max_new_tokens)
 
     def learning(label_names: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> CausalLM:
-        return CausalLM(max(1, len(label_names)), tokenizer, exact_match, generations, max_new_tokens)
+        return CausalLM(max(1, len(label_names)), tokenizer, asking)
 
     def answers(
         cohort: Cohort, tokenizer: PreTrainedTokenizerBase, _: Sequence[str], inputs: Sequence[str], limit: int
@@ -99,11 +94,7 @@ def pool(source: Source, exact_match: ExactMatch = "none") -> Pool:
             f"{source.where}: task_options.exact_match needs prompts and responses, found plain text; "
             'set it to "none" or name columns.prompt and columns.response'
         )
-    used = {pools.optional(source, role) for role in columns}
-    if (label := pools.optional(source, "label")) is None:
-        return pools.made(source, columns, used)
-    ids, names = pools.labels(source, label)
-    return pools.made(source, {**columns, "label": ids}, {*used, label}, names)
+    return pools.made_by_domain(source, columns)
 
 
 @dataclass(frozen=True)
@@ -220,13 +211,11 @@ class CausalLM:
 
     classes: int
     tokenizer: PreTrainedTokenizerBase
-    exact_match: ExactMatch
-    generations: int
-    max_new_tokens: int
+    asking: Asking
 
     def scores(self, cohort: Cohort, batch: Batch) -> Scores:
         """Loss and hits of each sample, summed over its response's tokens."""
-        return response_scores(cohort.model, {k: v for k, v in batch.items() if k != "labels"}, batch["labels"])
+        return response_scores(cohort.model, inputs_of(batch), batch["labels"])
 
     def feature_size(self, model: nn.Module) -> int:
         """The backbone's hidden size."""
@@ -234,30 +223,20 @@ class CausalLM:
 
     def features(self, model: nn.Module, batch: Batch) -> Float[Tensor, "batch d"]:
         """The last hidden states' mean over all real tokens, prompt and response."""
-        return mean_pooled(model, {k: v for k, v in batch.items() if k != "labels"})
+        return mean_pooled(model, inputs_of(batch))
 
     def more_metrics(
         self, cohort: Cohort, examples: Examples, rows: Mapping[int, Rows], found: Mapping[int, Mapping[str, float]]
     ) -> Mapping[int, Mapping[str, float]]:
         """Perplexity; and the share of exact answers, where asked for."""
-        more = {slot: {"perplexity": math.exp(min(scores["loss"], 700))} for slot, scores in found.items()}
-        if self.exact_match == "none":
-            return more
         assert isinstance(examples, TextToContinue)
         known = examples
 
         def answer(chosen: Sequence[int]) -> list[str]:
             prompts = to_device(known.prompts(chosen), cohort)
-            return generate(cohort.model, self.tokenizer, prompts, self.max_new_tokens)
+            return generate(cohort.model, self.tokenizer, prompts, self.asking.max_new_tokens)
 
-        asked = {slot: own[: self.generations] for slot, own in rows.items()}
-        shares = exact_matches(cohort, asked, answer, lambda row: known.responses[row], self.exact_match)
-        return {slot: {**scores, "exact_match": shares[slot]} for slot, scores in more.items()}
-
-
-def to_device(batch: Batch, cohort: Cohort) -> dict[str, Tensor]:
-    """The batch where the cohort's model is."""
-    return {name: value.to(cohort.device) for name, value in batch.items()}
+        return self.asking.metrics(cohort, rows, found, answer, lambda row: known.responses[row])
 
 
 def load(model: str, label_names: Sequence[str], weights: Weights) -> Loaded:

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from transformers import AutoModel, PretrainedConfig
 
 from fedtri.models import Weights, head_layers
 from fedtri.tasks import checkpoints
@@ -47,6 +48,11 @@ def load_classifier(
         last = layers[-1:]  # those before it do not know the classes
         fresh |= {name for name, _ in loaded.named_parameters() if name.rpartition(".")[0] in last}
     return loaded, fresh
+
+
+def skeleton(auto: Any, shape: PretrainedConfig) -> nn.Module:
+    """The classifier as the class `auto` makes it, or the bare model where the architecture has none."""
+    return (auto if type(shape) in auto._model_mapping else AutoModel).from_config(shape)
 
 
 def same_classes(own: Sequence[str], label_names: Sequence[str]) -> bool:

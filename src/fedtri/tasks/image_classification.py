@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForImageClassification, PretrainedConfig
+from transformers import AutoModelForImageClassification
 
 from fedtri.adapter import Cohort
 from fedtri.models import Weights, backbone_of
@@ -27,7 +28,7 @@ def image_classification() -> Recipe:
         load=load,
         examples=lambda pool, processor, _: images.examples(pool, processor),
         learning=lambda label_names, _: ImageClassification(len(label_names)),
-        skeleton=skeleton,
+        skeleton=partial(classes.skeleton, AutoModelForImageClassification),
         classifies=True,
         answers=answers,
     )
@@ -37,13 +38,6 @@ def load(model: str, label_names: Sequence[str], weights: Weights) -> Loaded:
     """An image classifier of these classes and its processor. Raises FedtriError in one line where it is none."""
     loaded, fresh = classes.load_classifier(AutoModelForImageClassification, model, WHAT, weights, label_names)
     return Loaded(loaded, images.load_image_processor(model, loaded, WHAT), fresh)
-
-
-def skeleton(shape: PretrainedConfig) -> nn.Module:
-    """The classifier, or the bare model where the architecture has none."""
-    if type(shape) in AutoModelForImageClassification._model_mapping:
-        return AutoModelForImageClassification.from_config(shape)
-    return AutoModel.from_config(shape)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,9 @@
 """What tasks that answer in text share: loss on a response's own tokens, greedy answers, how answers are judged."""
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from inspect import signature
 from typing import Any, Literal
@@ -14,6 +16,7 @@ from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from fedtri.adapter import Cohort
+from fedtri.errors import FedtriError
 from fedtri.tasks import checkpoints
 from fedtri.tasks.base import Batch, Rows, Scores
 from fedtri.threads import Stop, side_by_side
@@ -60,23 +63,56 @@ def generate(model: nn.Module, tokenizer: PreTrainedTokenizerBase, inputs: Batch
     return tokenizer.batch_decode(found[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
+@dataclass(frozen=True)
+class Asking:
+    """Whether test prompts are answered by generation and how the answers are judged; options of a task."""
+
+    exact_match: ExactMatch
+    generations: int
+    max_new_tokens: int
+
+    def __post_init__(self) -> None:
+        """Raises FedtriError for less than one answer or token."""
+        if self.generations < 1 or self.max_new_tokens < 1:
+            raise FedtriError(
+                "task_options: expected generations and max_new_tokens of at least 1, "
+                f"got {self.generations} and {self.max_new_tokens}"
+            )
+
+    def metrics(
+        self,
+        cohort: Cohort,
+        rows: Mapping[int, Rows],
+        found: Mapping[int, Mapping[str, float]],
+        answer: Callable[[Sequence[int]], list[str]],
+        expected: Callable[[int], str],
+    ) -> dict[int, dict[str, float]]:
+        """Perplexity by slot, from the losses `found`; and the share of exact answers, where asked for.
+
+        Args:
+            answer: The model's answers to these rows, which are routed to one slot.
+            expected: The response a row has in the data.
+        """
+        more = {slot: {"perplexity": math.exp(min(scores["loss"], 700))} for slot, scores in found.items()}
+        if self.exact_match != "none":
+            asked = {slot: own[: self.generations].tolist() for slot, own in rows.items() if len(own)}
+            for slot, share in exact_matches(cohort, asked, answer, expected, self.exact_match).items():
+                more[slot]["exact_match"] = share
+        return more
+
+
 def exact_matches(
     cohort: Cohort,
-    rows: Mapping[int, Rows],
+    rows: Mapping[int, Sequence[int]],
     answer: Callable[[Sequence[int]], list[str]],
     expected: Callable[[int], str],
     judged: ExactMatch,
     batch_size: int = 16,
 ) -> dict[int, float]:
-    """By slot, the share of its rows that its own model answers exactly; clients side by side, but on a GPU.
-
-    Args:
-        answer: The model's answers to these rows, which are routed to one slot.
-        expected: The response a row has in the data.
-    """
+    """By slot, the share of its rows that its own model answers exactly; clients side by side, but on a GPU."""
 
     def share(slot: int, stop: Stop) -> float:
-        own, hits = [int(row) for row in rows[slot]], 0
+        own, hits = rows[slot], 0
         for start in range(0, len(own), batch_size):
             if stop():
                 break
@@ -85,9 +121,9 @@ def exact_matches(
             hits += sum(same(said, expected(row), judged) for said, row in zip(answer(chosen), chosen, strict=True))
         return hits / len(own)
 
-    jobs = [partial(share, slot) for slot in rows if len(rows[slot])]
+    jobs = [partial(share, slot) for slot in rows]
     found = [job(lambda: False) for job in jobs] if cohort.together else side_by_side(jobs)
-    return dict(zip((slot for slot in rows if len(rows[slot])), found, strict=True))
+    return dict(zip(rows, found, strict=True))
 
 
 def same(said: str, expected: str, judged: ExactMatch) -> bool:

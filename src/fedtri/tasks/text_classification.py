@@ -2,19 +2,20 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
 from fedtri.adapter import Cohort
 from fedtri.data import pool as pools
 from fedtri.data.pool import Pool, Source
 from fedtri.models import Weights
 from fedtri.tasks import checkpoints, classes
-from fedtri.tasks.base import Batch, Examples, Loaded, Recipe, Rows, Scores
+from fedtri.tasks.base import Batch, Examples, Loaded, Recipe, Rows, Scores, inputs_of, to_device
 from fedtri.tasks.pooling import mean_pooled
 from fedtri.tasks.ragged import Ragged
 
@@ -31,7 +32,7 @@ def text_classification() -> Recipe:
         load=load,
         examples=examples,
         learning=lambda label_names, _: TextClassification(len(label_names)),
-        skeleton=skeleton,
+        skeleton=partial(classes.skeleton, AutoModelForSequenceClassification),
         classifies=True,
         kept=TextExamples,
         answers=answers,
@@ -119,7 +120,7 @@ class TextClassification:
 
     def logits(self, model: nn.Module, batch: Batch) -> Float[Tensor, "batch classes"]:
         """The head's scores for each class."""
-        return model(**{k: v for k, v in batch.items() if k != "labels"}).logits
+        return model(**inputs_of(batch)).logits
 
     def scores(self, cohort: Cohort, batch: Batch) -> Scores:
         """Cross-entropy and whether the largest score is the label's, of each sample."""
@@ -131,7 +132,7 @@ class TextClassification:
 
     def features(self, model: nn.Module, batch: Batch) -> Float[Tensor, "batch d"]:
         """The last hidden states' mean over real tokens."""
-        return mean_pooled(model, {k: v for k, v in batch.items() if k != "labels"})
+        return mean_pooled(model, inputs_of(batch))
 
     def more_metrics(
         self, cohort: Cohort, examples: Examples, rows: Mapping[int, Rows], found: Mapping[int, Mapping[str, float]]
@@ -146,20 +147,12 @@ def load(model: str, label_names: Sequence[str], weights: Weights) -> Loaded:
     return Loaded(loaded, checkpoints.load_tokenizer(model, loaded, WHAT), fresh)
 
 
-def skeleton(shape: PretrainedConfig) -> nn.Module:
-    """The classifier, or the bare model where the architecture has none."""
-    if type(shape) in AutoModelForSequenceClassification._model_mapping:
-        return AutoModelForSequenceClassification.from_config(shape)
-    return AutoModel.from_config(shape)
-
-
 def answers(
     cohort: Cohort, tokenizer: PreTrainedTokenizerBase, label_names: Sequence[str], inputs: Sequence[str], limit: int
 ) -> list[str]:
     """The likeliest class of each text and its probability."""
     found = tokenize(tokenizer, inputs, None, np.zeros(len(inputs), np.int64), limit)
-    device = next(cohort.model.parameters()).device
-    batch = {name: value.to(device) for name, value in found.batch(np.arange(len(inputs))).items()}
+    batch = to_device(found.batch(np.arange(len(inputs))), cohort)
     cohort.route([0] * len(inputs))
     with torch.inference_mode():
         return classes.likeliest(TextClassification(len(label_names)).logits(cohort.model, batch), label_names)

@@ -11,15 +11,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForTokenClassification, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoModelForTokenClassification, PreTrainedTokenizerBase
 
 from fedtri.adapter import Cohort
 from fedtri.data import pool as pools
 from fedtri.data.pool import Pool, Source
 from fedtri.errors import FedtriError
-from fedtri.models import Weights, head_layers
-from fedtri.tasks import checkpoints
-from fedtri.tasks.base import Batch, Examples, Loaded, Recipe, Rows, Scores
+from fedtri.models import Weights
+from fedtri.tasks import checkpoints, classes
+from fedtri.tasks.base import Batch, Examples, Loaded, Recipe, Rows, Scores, inputs_of, to_device
 from fedtri.tasks.pooling import mean_pooled
 from fedtri.tasks.ragged import Ragged
 from fedtri.tasks.responses import IGNORED
@@ -37,7 +37,7 @@ def token_classification() -> Recipe:
         load=load,
         examples=examples,
         learning=lambda label_names, _: TokenClassification(len(label_names)),
-        skeleton=skeleton,
+        skeleton=AutoModelForTokenClassification.from_config,
         answers=answers,
     )
 
@@ -132,7 +132,7 @@ class TokenClassification:
 
     def scores(self, cohort: Cohort, batch: Batch) -> Scores:
         """Loss and hits of each text, summed over its words."""
-        logits, labels = cohort.model(**_inputs(batch)).logits, batch["labels"]
+        logits, labels = cohort.model(**inputs_of(batch)).logits, batch["labels"]
         loss = cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORED)
         hits = logits.detach().argmax(-1) == labels  # never true where ignored
         return Scores(loss.view_as(labels).sum(1), hits.sum(1).to(loss.dtype))
@@ -143,7 +143,7 @@ class TokenClassification:
 
     def features(self, model: nn.Module, batch: Batch) -> Float[Tensor, "batch d"]:
         """The last hidden states' mean over real tokens."""
-        return mean_pooled(model, _inputs(batch))
+        return mean_pooled(model, inputs_of(batch))
 
     def more_metrics(
         self, cohort: Cohort, examples: Examples, rows: Mapping[int, Rows], found: Mapping[int, Mapping[str, float]]
@@ -152,23 +152,10 @@ class TokenClassification:
         return {}
 
 
-def _inputs(batch: Batch) -> Batch:
-    return {name: value for name, value in batch.items() if name != "labels"}
-
-
 def load(model: str, label_names: Sequence[str], weights: Weights) -> Loaded:
     """A token classifier of these classes and its tokenizer. Raises FedtriError in one line where it is none."""
-    names = dict(enumerate(label_names))
-    loaded, fresh = checkpoints.load_model(
-        AutoModelForTokenClassification, model, WHAT, weights, head_layers, num_labels=len(names), id2label=names,
-        label2id={v: k for k, v in names.items()}, ignore_mismatched_sizes=True,
-    )  # fmt: skip
+    loaded, fresh = classes.load_classifier(AutoModelForTokenClassification, model, WHAT, weights, label_names)
     return Loaded(loaded, checkpoints.load_tokenizer(model, loaded, WHAT), fresh)
-
-
-def skeleton(shape: PretrainedConfig) -> nn.Module:
-    """The token classifier of a configuration."""
-    return AutoModelForTokenClassification.from_config(shape)
 
 
 def answers(
@@ -177,13 +164,13 @@ def answers(
     """The likeliest class of each word, words being what white space divides; "…" for what is beyond the limit."""
     words = [text.split() for text in inputs]
     found = tokenize(tokenizer, words, [[0] * len(own) for own in words], limit)
-    batch = {name: value.to(cohort.device) for name, value in found.batch(np.arange(len(inputs))).items()}
+    batch = to_device(found.batch(np.arange(len(inputs))), cohort)
     cohort.route([0] * len(inputs))
     with torch.inference_mode():
-        best = cohort.model(**_inputs(batch)).logits.argmax(-1)
+        best = cohort.model(**inputs_of(batch)).logits.argmax(-1)
     said = []
-    for own, classes, labels in zip(words, best, batch["labels"], strict=True):
-        tags = [label_names[int(c)] for c in classes[labels != IGNORED]]
+    for own, places, labels in zip(words, best, batch["labels"], strict=True):
+        tags = [label_names[int(c)] for c in places[labels != IGNORED]]
         pairs = [f"{word}/{tag}" for word, tag in zip(own, tags, strict=False)]
         said.append(" ".join(pairs + ["…"] * (len(tags) < len(own))))
     return said

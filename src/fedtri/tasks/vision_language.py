@@ -4,7 +4,6 @@ The image goes before its prompt, as so many image tokens as the processor makes
 their places. Both towers are adapted. Models that make one grid of pixels of an image are taken, others refused.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,12 +22,12 @@ from fedtri.data.pool import Pool, Source
 from fedtri.errors import FedtriError
 from fedtri.models import Weights
 from fedtri.tasks import checkpoints, images
-from fedtri.tasks.base import Batch, Examples, Loaded, Recipe, Rows, Scores
-from fedtri.tasks.causal_lm import TextToContinue, to_device, tokenize
+from fedtri.tasks.base import Batch, Examples, Loaded, Recipe, Rows, Scores, inputs_of, to_device
+from fedtri.tasks.causal_lm import TextToContinue, tokenize
 from fedtri.tasks.dialogue import Segment, Template
 from fedtri.tasks.images import Pixels
 from fedtri.tasks.pooling import mean_pooled
-from fedtri.tasks.responses import ExactMatch, exact_matches, generate, response_scores
+from fedtri.tasks.responses import Asking, ExactMatch, generate, response_scores
 
 WHAT = "a model of images and text"
 
@@ -45,14 +44,10 @@ def vision_language(
         generations: At most so many test prompts a client are answered.
         max_new_tokens: The longest answer.
     """
-    if generations < 1 or max_new_tokens < 1:
-        raise FedtriError(
-            "task_options: expected generations and max_new_tokens of at least 1, "
-            f"got {generations} and {max_new_tokens}"
-        )
+    asking = Asking(exact_match, generations, max_new_tokens)
 
     def learning(label_names: Sequence[str], processor: Processor) -> VisionLanguage:
-        return VisionLanguage(max(1, len(label_names)), processor.tokenizer, exact_match, generations, max_new_tokens)
+        return VisionLanguage(max(1, len(label_names)), processor.tokenizer, asking)
 
     return Recipe(
         name="vision_language",
@@ -71,11 +66,7 @@ def pool(source: Source) -> Pool:
     """Columns "image", "prompt" and "response"; and "label" where examples have a domain. Raises FedtriError."""
     found: dict[str, Any] = {role: pools.texts(source, role) for role in ("prompt", "response")}
     found["image"] = columns.images(source)
-    used = {pools.optional(source, role) for role in found}
-    if (label := pools.optional(source, "label")) is None:
-        return pools.made(source, found, used)
-    ids, names = pools.labels(source, label)
-    return pools.made(source, {**found, "label": ids}, {*used, label}, names)
+    return pools.made_by_domain(source, found)
 
 
 @dataclass(frozen=True)
@@ -213,9 +204,7 @@ class VisionLanguage:
 
     classes: int
     tokenizer: Any
-    exact_match: ExactMatch
-    generations: int
-    max_new_tokens: int
+    asking: Asking
 
     def scores(self, cohort: Cohort, batch: Batch) -> Scores:
         """Loss and hits of each sample, summed over its response's tokens."""
@@ -234,22 +223,16 @@ class VisionLanguage:
         self, cohort: Cohort, examples: Examples, rows: Mapping[int, Rows], found: Mapping[int, Mapping[str, float]]
     ) -> Mapping[int, Mapping[str, float]]:
         """Perplexity; and the share of exact answers, where asked for."""
-        more = {slot: {"perplexity": math.exp(min(scores["loss"], 700))} for slot, scores in found.items()}
-        if self.exact_match == "none":
-            return more
         assert isinstance(examples, Seen)
         seen = examples
 
         def answer(chosen: Sequence[int]) -> list[str]:
             prompts = _inputs(cohort.model, to_device(seen.prompts(chosen), cohort))
-            return generate(cohort.model, self.tokenizer, prompts, self.max_new_tokens)
+            return generate(cohort.model, self.tokenizer, prompts, self.asking.max_new_tokens)
 
-        asked = {slot: own[: self.generations] for slot, own in rows.items()}
-        shares = exact_matches(cohort, asked, answer, lambda row: seen.text.responses[row], self.exact_match)
-        return {slot: {**scores, "exact_match": shares[slot]} for slot, scores in more.items()}
+        return self.asking.metrics(cohort, rows, found, answer, lambda row: seen.text.responses[row])
 
 
 def _inputs(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
     """What the model takes of a batch."""
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
-    return {**inputs, "pixel_values": images.pixels(model, batch)}
+    return {**inputs_of(batch), "pixel_values": images.pixels(model, batch)}
