@@ -29,12 +29,12 @@ ROWS = 40
 SCRIPTS = str(Path(sys.executable).parent)
 ENVIRONMENT = {**os.environ, "PATH": f"{SCRIPTS}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
 SUPERNODE = f"""#!{sys.executable}
-# The real SuperNode, which looks for messages every 0.2 s instead of 3, and is missed after 10 s instead of 60.
+# The real SuperNode, which looks for messages every 0.2 s instead of 3, and is missed after 20 s instead of 60.
 import sys, time, types
 from flwr.supercore import heartbeat
 from flwr.supernode import fleet_http_connection, start_client_internal
 from flwr.supernode.cli import flower_supernode
-heartbeat.HEARTBEAT_DEFAULT_INTERVAL = fleet_http_connection.HEARTBEAT_DEFAULT_INTERVAL = 5
+heartbeat.HEARTBEAT_DEFAULT_INTERVAL = fleet_http_connection.HEARTBEAT_DEFAULT_INTERVAL = 10
 start_client_internal.time = types.SimpleNamespace(sleep=lambda seconds: time.sleep(0.2))
 sys.exit(flower_supernode())
 """

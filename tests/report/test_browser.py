@@ -4,7 +4,6 @@ Set FEDTRI_SHOTS=FOLDER to keep the screenshots at phone and desktop width, ligh
 """
 
 import os
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +15,9 @@ from fedtri.report.files import BROWSERS
 from report import synthetic
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
+AT_LOAD = """addEventListener("load", () => {
+  window.before = { library: "Plotly" in window, text: document.querySelector("main").innerText.length };
+}, { capture: true });"""
 WIDTHS = {"phone": (390, 844), "desktop": (1280, 900)}
 
 
@@ -60,9 +62,9 @@ class Opened:
         self.page.on("console", lambda m: self.said.append(m.text) if m.type in ("error", "warning") else None)
         self.page.on("pageerror", lambda error: self.said.append(str(error)))
         self.page.on("request", lambda r: self.asked.append(r.url) if r.url.startswith("http") else None)
-        began = time.perf_counter()
+        self.page.add_init_script(AT_LOAD)
         self.page.goto(path.as_uri(), wait_until="load")
-        self.seconds = time.perf_counter() - began
+        self.before = self.page.evaluate("window.before")
 
     def draw_all(self) -> int:
         """Scroll through the page until every figure is drawn; how many there are."""
@@ -193,15 +195,19 @@ def test_every_figure_has_words_and_a_table(opened):
 
 
 @pytest.mark.parametrize("name", ["large", "large-run"])
-def test_a_large_page_opens_in_under_two_seconds(opened, pages, large, name):
+def test_a_large_page_can_be_read_before_its_figures_are_drawn(opened, pages, large, name):
+    """What opens it in under 2 s (benchmarks/report_page.py): nothing long runs first, and what is not seen waits."""
     pages |= large
+    assert pages[name].stat().st_size < 6e6
     one = opened(name)
-    one.page.wait_for_selector("figure", state="attached")
-    # a machine that does other things too is given two more tries
-    seconds = min(one.seconds, opened(name).seconds, opened(name).seconds)
-    print(f"{name}: {seconds:.2f} s")
-    assert seconds < 2
-    assert one.draw_all()
+    run_first = "[...document.scripts].filter((s) => !s.type && s.id !== 'plotly').map((s) => s.text.length)"
+    assert one.page.evaluate(run_first) == [len((Path(page.__file__).parent / "page.js").read_text())]
+    assert one.before["library"] is False
+    assert one.before["text"] > 500
+    one.page.wait_for_selector("figure[data-drawn]")
+    every = len(one.page.query_selector_all("figure"))
+    assert len(one.page.query_selector_all("figure[data-drawn]")) < every
+    assert one.draw_all() == every
 
 
 @pytest.mark.parametrize("kind", ["svg", "png"])

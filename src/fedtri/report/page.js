@@ -168,6 +168,14 @@ const nodes = [...document.querySelectorAll("figure[data-figure]")];
 const watch = new IntersectionObserver((seen) => {
   for (const { isIntersecting, target } of seen) if (isIntersecting) { watch.unobserve(target); draw(target); }
 }, { rootMargin: "300px" });
-nodes.forEach((node) => watch.observe(node));
+// the words and tables are shown first: compiling the drawing library takes longer than all the rest
+function library() {
+  const script = document.getElementById("plotly");
+  if (script.type) script.replaceWith(Object.assign(make("script"), { id: "plotly", textContent: script.textContent }));
+}
+addEventListener("load", () => requestAnimationFrame(() => setTimeout(() => {
+  library();
+  nodes.forEach((node) => watch.observe(node));
+})));
 SCHEME.addEventListener("change", () => nodes.filter((node) => node.dataset.drawn).forEach(draw));
-addEventListener("beforeprint", () => nodes.filter((node) => !node.dataset.drawn).forEach(draw));
+addEventListener("beforeprint", () => { library(); nodes.filter((node) => !node.dataset.drawn).forEach(draw); });

@@ -229,7 +229,7 @@ def document(title: str, body: Sequence[str], command: str) -> str:
 <footer><p>Made by <code>{escape(command)}</code>. The page needs no network; the numbers are in each run's
 <code>rounds.jsonl</code> and <code>summary.json</code>.</p></footer></main>
 <script type="application/json" id="colours">{swap}</script>
-<script>{_unclosed(get_plotlyjs())}</script>
+<script type="text/plain" id="plotly">{_unclosed(get_plotlyjs())}</script>
 <script>{(HERE / "page.js").read_text()}</script></body></html>
 """
 
