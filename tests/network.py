@@ -26,6 +26,8 @@ from tiny import LABELS, Lab, save_data
 
 CLIENTS = [f"client-{number:02}" for number in range(4)]
 ROWS = 40
+PLANTED = "planted7391"
+"""A word in every text of every site, which must reach no other place."""
 SCRIPTS = str(Path(sys.executable).parent)
 ENVIRONMENT = {**os.environ, "PATH": f"{SCRIPTS}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
 SUPERNODE = f"""#!{sys.executable}
@@ -88,7 +90,8 @@ class Network:
         (self.folder / "bin" / "flower-supernode").write_text(SUPERNODE)
         (self.folder / "bin" / "flower-supernode").chmod(0o755)
         for number, client in enumerate(CLIENTS):
-            save_data(self.site(client) / "data.csv", ROWS, seed=number)
+            head, *rows = save_data(self.site(client) / "data.csv", ROWS, seed=number).read_text().splitlines()
+            (self.site(client) / "data.csv").write_text("\n".join([head, *(f"{PLANTED} {row}" for row in rows)]))
             columns = '\n[columns]\ntext = "sentence"\nlabel = "topic"\n'
             (self.site(client) / "node.toml").write_text((self.site(client) / "node.toml").read_text() + columns)
 

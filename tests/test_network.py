@@ -60,6 +60,10 @@ def test_three_rounds_end_bit_for_bit_as_in_one_process(net, method, tmp_path):
     assert not any(line.get("failed") or line.get("refused") for line in lines)
     assert all(network.trained(line) == set(CLIENTS) for line in lines)
     assert_as_local(net, out, config, tmp_path)
+    files = [file for place in (net.server, out) for file in place.rglob("*") if file.is_file()]
+    assert {"log", "rounds.jsonl", "run.log", "report.html", "summary.json"} <= {file.name for file in files}
+    assert not [file for file in files if network.PLANTED.encode() in file.read_bytes()]
+    assert network.PLANTED in (net.site(CLIENTS[0]) / "data.csv").read_text()
 
 
 def test_a_server_killed_in_mid_round_ends_as_one_never_stopped(net, tmp_path):

@@ -29,16 +29,20 @@ def test_trimmed_passes_give_the_same_logits_and_gradients(kind, even):
 
 
 def test_the_last_layer_sees_one_token_a_text_behind_its_attention():
-    """And all of them where features are asked of the backbone itself. Seen to fail with nothing cut."""
+    """And its query before that; all tokens where features are asked of the backbone itself. Seen to fail uncut."""
     on = cohort_of("bert")
-    seen: list[int] = []
+    seen: dict[str, list[int]] = {}
     last = on.model.bert.encoder.layer[-1]
-    last.intermediate.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[:2].numel()))
+    for name in ("attention.self.query", "attention.self.key", "attention.self.value", "intermediate"):
+        own = seen.setdefault(name, [])
+        count = lambda module, args, own=own: own.append(args[0].shape[:2].numel())  # noqa: E731
+        last.get_submodule(name).register_forward_pre_hook(count)
     for call in (on.model, on.model.bert):
         on.route(SLOTS, pack=True)
         call(**batch())
-    assert seen[0] == len(SLOTS)
-    assert seen[1] >= int(batch()["attention_mask"].sum())
+    real = int(batch()["attention_mask"].sum())
+    assert [own[0] == len(SLOTS) for own in seen.values()] == [True, False, False, True]
+    assert all(own[1] >= real for own in seen.values())
 
 
 def test_a_head_that_reads_more_than_first_tokens_is_left_alone():

@@ -10,12 +10,14 @@ zero-padded: where a row of A and the matching column of B are zero, both gradie
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
 from fedtri import packing, prefix, trim
@@ -75,9 +77,10 @@ class TriLinear(Stacked):
         self.register_buffer("scale", torch.zeros(clients, **like), persistent=False)
 
     def forward(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_out"]:
-        out, slot = self.base(x), self.routing.single
-        if slot is not None and self.kind == "lora" and not self.dense and out.dtype == self.A.dtype:
-            return self._alone(x, out, slot)
+        slot, ordinary = self.routing.single, self.kind == "lora" and type(self.base) is nn.Linear and not self.dense
+        if slot is not None and ordinary and x.dtype == self.base.weight.dtype == self.A.dtype:
+            return self._alone(x, self.base, slot)
+        out = self.base(x)
         rows = self.routing.rows(x).to(self.A.dtype)
         if self.kind == "hira":
             update = self.routing.each(rows, self._hira)
@@ -91,11 +94,11 @@ class TriLinear(Stacked):
             return self._dora(out, update)
         return out + update.reshape(out.shape).to(out.dtype)
 
-    def _alone(self, x: Tensor, out: Tensor, slot: int) -> Tensor:
-        """One client's batch as plain matrices: the last product adds itself to W0 x."""
-        h = x.reshape(-1, x.shape[-1]) @ self.at("A", slot).mT  # (batch · tokens, r)
-        h = h @ self._core_at(slot).mT
-        return torch.addmm(out.reshape(-1, out.shape[-1]), h, self.at("B", slot).mT).view(out.shape)
+    def _alone(self, x: Tensor, base: nn.Linear, slot: int) -> Tensor:
+        """One client's batch as plain matrices."""
+        flat = x.reshape(-1, x.shape[-1])  # (batch · tokens, d_in)
+        args = base.weight, base.bias, self.at("A", slot), self._core_at(slot), self.at("B", slot)
+        return OneClient.apply(flat, *args).view(*x.shape[:-1], -1)  # pyright: ignore
 
     def _core(self) -> Float[Tensor, "batch r r"]:
         """s · C of each sample's client."""
@@ -137,6 +140,31 @@ class TriLinear(Stacked):
         plain = plain if bias is None else plain - bias
         tuned = gain * (plain + update)
         return (tuned if bias is None else tuned + bias).reshape(out.shape).to(out.dtype)
+
+
+class OneClient(torch.autograd.Function):
+    """y = W0 x + b + B C A x of one client: what is added is added in place, forward and backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Float[Tensor, "n d_in"], W0: Tensor, bias: Tensor | None, A: Tensor, C: Tensor, B: Tensor
+    ) -> Float[Tensor, "n d_out"]:
+        h = x @ A.mT
+        z = h @ C.mT
+        ctx.save_for_backward(x, W0, A, C, B, h, z)
+        return linear(x, W0, bias).addmm_(z, B.mT)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Float[Tensor, "n d_out"]) -> tuple[Tensor | None, ...]:
+        x, W0, A, C, B, h, z = ctx.saved_tensors
+        wants_x, _, _, wants_A, wants_C, wants_B = ctx.needs_input_grad
+        dz = dy @ B
+        dh = dz @ C
+        return (
+            (dy @ W0).addmm_(dh, A) if wants_x else None, None, None,
+            dh.mT @ x if wants_A else None, dz.mT @ h if wants_C else None, dy.mT @ z if wants_B else None,
+        )  # fmt: skip
 
 
 class StackedLinear(Stacked):

@@ -22,6 +22,8 @@ class Routing(threading.local):
         """What packing has to undo."""
         self.first_only = False
         """Whether the pass that runs needs each text's first token only from the last layer."""
+        self.whole: Any = None
+        """What a layer got that computes first tokens alone, and its routing, until its output is laid back."""
         self.examples: Any = None
         """Which examples the next batch holds, by row, where prefix.py keeps what enters their first adapted layer."""
         self.computing = False

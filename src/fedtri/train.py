@@ -117,7 +117,8 @@ def train(
                 on_step(slot, totals[slot][1], loss)
         return {slot: total / max(count, 1) for slot, (total, count) in totals.items()}
 
-    shares = _shares(works, [float(examples.lengths[work.rows].mean()) for work in works], cohort)
+    tokens = [float(sum(examples.lengths[rows].sum() for rows in minibatches(work, how))) for work in works]
+    shares = _shares(works, tokens, cohort)
     found = _merged(side_by_side([partial(fit, share) for share in shares]))
     cohort.train_only(frozenset())
     return found

@@ -2,13 +2,16 @@
 
 Behind its attention a layer treats every token apart, so what it would make of tokens that nobody reads is for nothing:
 5 of 6 products of a BERT-like model's last layer. Which module to cut at is found by trying, in the order in which the
-last layer calls its modules: the first at which a trial gives the same logits. Features, which read all tokens, call
-the backbone itself and are left alone.
+last layer calls its modules: the first at which a trial gives the same logits. Some linear layers before the cut, as
+attention's query, serve first tokens alone, too: those with which a trial gives the same logits where all other tokens
+get zeros. Features, which read all tokens, call the backbone itself and are left alone.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from fedtri.packing import agree, layer_list, short_texts, takes_texts
@@ -32,6 +35,17 @@ class Trim:
             self._cut.remove()
         self._cut = None if module is None else module.register_forward_pre_hook(self._first_tokens, with_kwargs=True)
 
+    def narrow(self, layer: nn.Module) -> Callable[[], None]:
+        """Compute this linear layer for first tokens only; returns what undoes it."""
+        hooks = [layer.register_forward_pre_hook(self._gather), layer.register_forward_hook(self._spread)]
+        self._hooks += hooks
+
+        def undo() -> None:
+            for hook in hooks:
+                hook.remove()
+
+        return undo
+
     def remove(self) -> None:
         """Take the hooks off the model."""
         self.at(None)
@@ -43,23 +57,46 @@ class Trim:
         self.routing.first_only = self.routing.packing and not getattr(self.last, "gradient_checkpointing", False)
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self.routing.first_only = False
+        self.routing.first_only, self.routing.whole = False, None
 
     def _first_tokens(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self.routing.first_only:
             return None
-        pending = self.routing.pending
-        if pending is not None:
-            self.routing.set(pending.slots)
+        self._route_texts()
+        return tuple(map(self._first, args)), {name: self._first(value) for name, value in kwargs.items()}
 
-        def first(value: Any) -> Any:
-            if not isinstance(value, Tensor) or value.dim() != 3:
-                return value
-            if pending is None:
-                return value[:, :1]
-            return value.flatten(0, 1).index_select(0, pending.firsts)[:, None]
+    def _gather(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
+        if not self.routing.first_only:
+            return None
+        self.routing.whole = args[0], self.routing.slots
+        self._route_texts()
+        return (self._first(args[0]),)
 
-        return tuple(map(first, args)), {name: first(value) for name, value in kwargs.items()}
+    def _spread(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """The output laid back where its tokens were, zeros elsewhere."""
+        if self.routing.whole is None:
+            return None
+        (whole, slots), self.routing.whole = self.routing.whole, None
+        self.routing.set(slots)
+        rows, width = whole.shape[:2]
+        wide = output.new_zeros(rows * width, output.shape[-1])
+        return wide.index_copy(0, self._firsts(whole), output[:, 0]).unflatten(0, (rows, width))
+
+    def _route_texts(self) -> None:
+        if self.routing.pending is not None:
+            self.routing.set(self.routing.pending.slots)
+
+    def _first(self, value: Any) -> Any:
+        """(texts, 1, d) of an activation (rows, width, d), anything else as it is."""
+        if not isinstance(value, Tensor) or value.dim() != 3:
+            return value
+        return value.flatten(0, 1).index_select(0, self._firsts(value))[:, None]
+
+    def _firsts(self, value: Tensor) -> Int[Tensor, "texts"]:
+        """Where, in all rows end to end, each text begins."""
+        if self.routing.pending is not None:
+            return self.routing.pending.firsts
+        return torch.arange(len(value), device=value.device) * value.shape[1]
 
 
 def prepare(model: nn.Module, routing: Routing) -> Trim | None:
@@ -73,12 +110,23 @@ def prepare(model: nn.Module, routing: Routing) -> Trim | None:
         return None
     called = _called(model, last, routing)
     trim = Trim(model, last, routing)
+    before, inside = list[nn.Module](), set[nn.Module]()
     for module in called:
         trim.at(module)
         if _same(_logits(model, routing, ours=True), plain):
-            return trim
-    trim.remove()
-    return None
+            break
+        before.append(module)
+    else:
+        trim.remove()
+        return None
+    for module in before:
+        if module not in inside and any(own.dim() > 1 for own in module.parameters(recurse=False)):
+            undo = trim.narrow(module)
+            if _same(_logits(model, routing, ours=True), plain):
+                inside |= set(module.modules())
+            else:
+                undo()
+    return trim
 
 
 @torch.inference_mode()

@@ -162,6 +162,29 @@ def test_another_clients_answer_is_refused(lab, tmp_path):
     assert "another model, head, targets, configuration, run or client" in lines(tmp_path)[0]["refused"][0]
 
 
+def test_clients_join_and_leave_between_rounds(lab, tmp_path):
+    """d is there from the second round on, with cores mixed by its sketch alone; b is gone from the third on."""
+    sites = Sites(tmp_path, lab)
+    grid, received = Grid(sites, offline={"d"}), {}
+
+    def noting(call: Called, opened: site.Opened, record: Record) -> list[Record]:
+        said = terms(opened, call).decode(call.data, call.client, opened.config.rank, frozenset("C"))
+        if said.phase == "train":
+            received[call.client, said.round] = said.factors
+            grid.offline = [{"d"}, set(), {"b"}][min(said.round + 1, 2)]
+        return [record]
+
+    grid.scripts = {"a": noting, "d": noting}
+    coordinator.lead(sites.configure(method="ce_lora", rounds=3, steps=2), grid, {})  # in one step no core moves: B = 0
+    found = lines(tmp_path)
+    assert [line["clients"] for line in found] == [["a", "b", "c"], CLIENTS, ["a", "c", "d"]]
+    assert [sorted(line["bytes"].get("sketch", {})) for line in found] == [["a", "b", "c"], ["d"], []]
+    assert not any(line.get("failed") or line.get("refused") for line in found)
+    assert not received["a", 0]
+    assert received["d", 1]
+    assert all(not torch.equal(core, torch.eye(3)) for core in received["d", 1].values())
+
+
 def test_a_client_that_failed_is_asked_again(lab, tmp_path):
     sites = Sites(tmp_path, lab)
     grid, tries = Grid(sites), []
@@ -191,6 +214,12 @@ def test_too_few_clients_online_stop_the_run_with_what_to_do(lab, tmp_path):
     grid = Grid(sites, offline={"a", "b", "c"})
     with pytest.raises(FedtriError, match="1 of 4 clients are online after 1 s, expected at least 2"):
         coordinator.lead(sites.configure(method="fedit"), grid, {})
+
+
+def test_clients_with_classes_of_their_own_are_refused(lab, tmp_path):
+    sites = Sites(tmp_path, lab)
+    with pytest.raises(FedtriError, match='labels: "own" exists in one process only; leave it out'):
+        coordinator.lead(sites.configure(method="fedit", labels="own"), Grid(sites), {})
 
 
 def test_a_method_that_needs_everyones_data_in_one_place_is_refused(lab, tmp_path):
