@@ -8,8 +8,10 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
-from fedtri.adapter import Cohort, StackedLinear, TriLinear, effective_update, initial_factors
+from fedtri.adapter import StackedLinear, TriLinear
+from fedtri.cohort import Cohort
 from fedtri.errors import FedtriError
+from fedtri.factors import effective_update, initial_factors
 from fedtri.models import find_targets, head_layers
 from fedtri.types import Factors, Key
 from tiny import LABELS, assert_same, classifier

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from fedtri import federation, runs, tasks, train, tuned
-from fedtri.adapter import Cohort
+from fedtri.cohort import Cohort
 from fedtri.errors import FedtriError
 from fedtri.methods import METHODS
 from fedtri.models import find_targets, head_layers

@@ -4,10 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from fedtri import adapter, export, federation
+from fedtri import export, federation
+from fedtri.adapter import TriLinear
 from fedtri.errors import FedtriError
 from fedtri.methods import METHODS, build
 from fedtri.models import Weights
+from fedtri.routing import Routing
 from fedtri.tasks.text_classification import load
 from tiny import rounds
 
@@ -20,8 +22,8 @@ def test_a_kind_is_its_dense_definition(kind):
     """With d_in ≠ d_out, a bias, two clients, and a core that is not the identity; gradients too."""
     torch.manual_seed(0)
     base = nn.Linear(5, 3).double()
-    routing = adapter.Routing()
-    layer = adapter.TriLinear(base, 2, 2, routing, kind=kind)
+    routing = Routing()
+    layer = TriLinear(base, 2, 2, routing, kind=kind)
     with torch.no_grad():
         for parameter in (layer.A, layer.B, layer.C):
             parameter.normal_()

@@ -9,7 +9,7 @@ from peft import PeftModel
 from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification, AutoTokenizer
 
 from fedtri import runs, tuned
-from fedtri.adapter import Cohort
+from fedtri.cohort import Cohort
 from fedtri.errors import FedtriError
 from fedtri.methods import METHODS, build
 from fedtri.types import Key

@@ -6,8 +6,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedtri import adapter, models, packing
+from fedtri import models, packing
+from fedtri.cohort import Cohort
+from fedtri.factors import initial_factors
 from fedtri.packing import _lay_out
+from fedtri.routing import Routing
 from tiny import SIZES, classifier
 
 LENGTHS = [9, 3, 5, 4, 4, 12]
@@ -16,16 +19,16 @@ PACKED = {"bert", "roberta", "distilbert", "gpt2", "llama", "mistral", "qwen2", 
 """MPNet has biases by distance of its own, so it goes on with padded batches."""
 
 
-def cohort_of(kind: str, targets: str = "auto", layers: str = "all") -> adapter.Cohort:
+def cohort_of(kind: str, targets: str = "auto", layers: str = "all") -> Cohort:
     model = classifier(kind).double()
     head = models.initial_head(model, models.head_layers(model), set(), 0)
-    on = adapter.Cohort(
+    on = Cohort(
         model, targets=models.find_targets(model, targets, layers), head=models.head_layers(model), clients=2, rank=2
     )
     for slot in (0, 1):
         factors = {
             key: torch.randn(value.shape, generator=torch.Generator().manual_seed(slot), dtype=torch.float64)
-            for key, value in adapter.initial_factors(on.layout, head, rank=2, seed=0).items()
+            for key, value in initial_factors(on.layout, head, rank=2, seed=0).items()
         }
         on.write(slot, factors, 2, 4.0)
     return on
@@ -76,7 +79,7 @@ def test_a_model_whose_results_differ_goes_on_padded():
     model = classifier("bert")
     attention = model.bert.encoder.layer[0].attention
     attention.register_forward_hook(lambda module, args, out: (out[0] + out[0].mean(1, keepdim=True), *out[1:]))
-    assert packing.prepare(model, adapter.Routing()) is None
+    assert packing.prepare(model, Routing()) is None
     assert not model.bert._forward_pre_hooks
     assert not model.bert.encoder._forward_hooks
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from fedtri import adapter, models, prefix
+from fedtri import models, prefix
+from fedtri.cohort import Cohort
 from fedtri.errors import FedtriError
 from fedtri.routing import Routing
 from test_packing import SLOTS, batch, cohort_of
@@ -29,7 +30,7 @@ class Texts:
         return {name: value[rows, :cut] for name, value in self.inputs.items()}
 
 
-def upper(kind: str) -> adapter.Cohort:
+def upper(kind: str) -> Cohort:
     """Adapters on the second of two layers."""
     return cohort_of(kind, "auto", "last:1")
 

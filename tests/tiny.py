@@ -31,7 +31,8 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from fedtri import adapter, config, engine, federation, train
+from fedtri import config, engine, federation, train
+from fedtri.factors import effective_update
 from fedtri.methods import METHODS
 from fedtri.store import ClientStore
 from fedtri.types import Factors, Key
@@ -367,7 +368,7 @@ def training_loss(built: federation.Federation) -> float:
 
 def effective(factors: Mapping[Key, Tensor], layer: str, scale: float = 1.0) -> Tensor:
     """ΔW, with the dense residual of the methods that have one."""
-    return adapter.effective_update(factors, layer, scale) + factors.get(Key(layer, "W"), torch.zeros(()))
+    return effective_update(factors, layer, scale) + factors.get(Key(layer, "W"), torch.zeros(()))
 
 
 def assert_same(a: object, b: object, where: str = "", **tolerance: float) -> None:

@@ -7,8 +7,9 @@ from functools import partial
 import numpy as np
 import torch
 
-from fedtri import adapter, sketch, train, wire
-from fedtri.adapter import Cohort
+from fedtri import sketch, train, wire
+from fedtri.cohort import Cohort
+from fedtri.factors import folded, initial_factors
 from fedtri.seeds import derive
 from fedtri.store import ClientStore
 from fedtri.tasks import Examples, LearningTask
@@ -87,7 +88,7 @@ def kept(site: Site, task: Task) -> Factors:
     came = {key.factor for key in task.down}
     if site.method.fresh and "W" in came:
         seed = derive(site.seed, "fresh", task.round)
-        own |= adapter.initial_factors(site.cohort.layout, {}, rank=site.ranks[task.client], seed=seed)
+        own |= initial_factors(site.cohort.layout, {}, rank=site.ranks[task.client], seed=seed)
     if "C" in came:
         own |= {key: torch.ones_like(value) for key, value in own.items() if key.factor == "S"}
     return own
@@ -134,7 +135,7 @@ def _train(site: Site, tasks: Sequence[Task]) -> list[Reply]:
     replies = []
     for slot, task in enumerate(tasks):
         site.store.save(task.client, mine[slot], f"{task.round + 1:05}-trained")
-        up = only(adapter.folded(mine[slot]), plan.up)
+        up = only(folded(mine[slot]), plan.up)
         replies.append(_reply(site, task, up, {"train_loss": losses[slot], **metrics[slot]}))
     return replies
 

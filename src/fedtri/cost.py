@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig
 
-from fedtri.adapter import Cohort
+from fedtri.cohort import Cohort
 from fedtri.errors import FedtriError
 from fedtri.methods import METHODS, build
 from fedtri.models import find_targets, locate

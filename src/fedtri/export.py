@@ -10,8 +10,10 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from fedtri.adapter import Cohort, Kind, TriLinear, core_of, effective_update, weight_of
+from fedtri.adapter import Kind, TriLinear, weight_of
+from fedtri.cohort import Cohort
 from fedtri.errors import FedtriError
+from fedtri.factors import core_of, effective_update
 from fedtri.models import Conv1D
 from fedtri.types import Factors, Key, Layout
 

@@ -10,14 +10,16 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from fedtri import adapter, fedopt, methods, models, tasks
+from fedtri import fedopt, methods, models, tasks
 from fedtri.client import Site
+from fedtri.cohort import Cohort
 from fedtri.config import Config
 from fedtri.data import Pool, load_pool
 from fedtri.data.partition import Split, partition
 from fedtri.engine import Schedule
 from fedtri.errors import FedtriError
 from fedtri.export import read_peft
+from fedtri.factors import initial_factors
 from fedtri.seeds import derive
 from fedtri.server import Expectation, sample
 from fedtri.store import ClientStore
@@ -130,9 +132,7 @@ def largest_rank(rank: int | list[int] | str) -> int:
     return max(rank) if isinstance(rank, list) else int(rank.rpartition(",")[2])
 
 
-def load_cohort(
-    config: Config, label_names: tuple[str, ...], clients: int
-) -> tuple[adapter.Cohort, Any, Mapping[Key, Tensor]]:
+def load_cohort(config: Config, label_names: tuple[str, ...], clients: int) -> tuple[Cohort, Any, Mapping[Key, Tensor]]:
     """The model with room for `clients` clients' factors, its processor, and the head everyone starts from.
 
     Beside the head stand the tensors that start as the model has them: DoRA's magnitudes, a backbone that learns.
@@ -142,7 +142,7 @@ def load_cohort(
     loaded = recipe.load(config.model, label_names, models.Weights(how.dtype, how.quantization, str(device)))
     model, layers = loaded.model, recipe.head(loaded.model)
     head = models.initial_head(model, layers, loaded.fresh, config.seed)
-    cohort = adapter.Cohort(
+    cohort = Cohort(
         model if how.quantization != "none" else model.to(device),
         targets=[] if "P" in method.extra else models.find_targets(model, config.targets, config.layers),
         head=layers,
@@ -157,11 +157,11 @@ def load_cohort(
 
 
 def start(
-    config: Config, cohort: adapter.Cohort, head: Mapping[Key, Tensor], basis: str, rank: int | None = None
+    config: Config, cohort: Cohort, head: Mapping[Key, Tensor], basis: str, rank: int | None = None
 ) -> dict[Key, Tensor]:
     """What a client of this rank (or the largest) starts from: the seed's factors, or a PEFT adapter's A and B."""
     rank = largest_rank(config.rank) if rank is None else rank
-    factors = adapter.initial_factors(cohort.layout, head, rank=rank, seed=config.seed, basis=basis)
+    factors = initial_factors(cohort.layout, head, rank=rank, seed=config.seed, basis=basis)
     if config.init_adapter is not None:
         if basis != "kaiming":
             raise FedtriError("init_adapter: this method freezes A and B in a basis of its own; leave init_adapter out")
@@ -174,7 +174,7 @@ def assemble(
     method: Method,
     pool: Pool,
     splits: Mapping[str, Split],
-    cohort: adapter.Cohort,
+    cohort: Cohort,
     processor: Any,
     head: Mapping[Key, Tensor],
     store: ClientStore,
@@ -224,7 +224,7 @@ def assemble(
 
 
 def own_classes(
-    recipe: Recipe, method: Method, pool: Pool, splits: Mapping[str, Split], cohort: adapter.Cohort
+    recipe: Recipe, method: Method, pool: Pool, splits: Mapping[str, Split], cohort: Cohort
 ) -> dict[str, Int[np.ndarray, "own"]]:
     """The classes that each client's examples hold, ascending: what it has a head for where `labels = "own"`.
 
@@ -248,9 +248,7 @@ def own_classes(
     return found
 
 
-def keep_prefix(
-    config: Config, cohort: adapter.Cohort, examples: Examples, splits: Mapping[str, Split], folder: Path
-) -> None:
+def keep_prefix(config: Config, cohort: Cohort, examples: Examples, splits: Mapping[str, Split], folder: Path) -> None:
     """Let what enters the first adapted layer be kept for the examples that a run meets more than once."""
     if cohort.prefix is None or config.simulation.prefix_budget == 0:
         return

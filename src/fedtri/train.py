@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
-from fedtri.adapter import Cohort
+from fedtri.cohort import Cohort
 from fedtri.tasks import Examples, LearningTask, Scores
 from fedtri.tasks.base import to_device
 from fedtri.threads import side_by_side

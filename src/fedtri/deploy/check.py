@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from fedtri import config as configuration
-from fedtri.adapter import Cohort
+from fedtri.cohort import Cohort
 from fedtri.config import Config
 from fedtri.deploy import examples, site
 from fedtri.errors import FedtriError

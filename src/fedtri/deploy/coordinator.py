@@ -18,7 +18,7 @@ import torch
 
 from fedtri import checkpoint, engine, rundir, runs
 from fedtri import config as configuration
-from fedtri.adapter import Cohort
+from fedtri.cohort import Cohort
 from fedtri.config import Config
 from fedtri.cost import skeleton
 from fedtri.deploy.terms import common, fingerprint

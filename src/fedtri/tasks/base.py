@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from fedtri.adapter import Cohort
+from fedtri.cohort import Cohort
 from fedtri.data.pool import Pool, Source
 from fedtri.models import Weights, head_layers
 

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from fedtri.adapter import Cohort
+from fedtri.cohort import Cohort
 from fedtri.data import pool as pools
 from fedtri.data.pool import Pool, Source
 from fedtri.errors import FedtriError

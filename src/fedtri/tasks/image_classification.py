@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import AutoModelForImageClassification
 
-from fedtri.adapter import Cohort
+from fedtri.cohort import Cohort
 from fedtri.models import Weights, backbone_of
 from fedtri.tasks import classes, images
 from fedtri.tasks.base import Batch, Examples, Loaded, Recipe, Rows, Scores

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from transformers import AutoModel, CLIPModel
 
-from fedtri.adapter import Cohort, precision
+from fedtri.adapter import precision
+from fedtri.cohort import Cohort
 from fedtri.errors import FedtriError
 from fedtri.models import Weights
 from fedtri.tasks import checkpoints, classes, images

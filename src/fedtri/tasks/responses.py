@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from fedtri.adapter import Cohort
+from fedtri.cohort import Cohort
 from fedtri.errors import FedtriError
 from fedtri.tasks import checkpoints
 from fedtri.tasks.base import Batch, Rows, Scores

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForTokenClassification, PreTrainedTokenizerBase
 
-from fedtri.adapter import Cohort
+from fedtri.cohort import Cohort
 from fedtri.data import pool as pools
 from fedtri.data.pool import Pool, Source
 from fedtri.errors import FedtriError

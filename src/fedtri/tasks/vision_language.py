@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from fedtri.adapter import Cohort
+from fedtri.cohort import Cohort
 from fedtri.data import images as columns
 from fedtri.data import pool as pools
 from fedtri.data.pool import Pool, Source
