@@ -174,6 +174,18 @@ def test_a_core_that_has_not_moved_is_like_itself_alone():
     torch.testing.assert_close(sim.core_similarity(cores, reference="raw")[:2, :2], torch.ones(2, 2))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_nor_is_one_that_a_mixture_has_left_within_rounding_of_where_it_began(dtype):
+    """Weights that sum to 1 but for rounding. Seen to fail with exact zeros alone: noise like noise, similarity 1."""
+    still = torch.eye(4, dtype=dtype) * (
+        1 - torch.tensor([1, 3, 0], dtype=dtype)[:, None, None] * torch.finfo(dtype).eps
+    )
+    learned = still + 1e-3 * torch.randn(3, 4, 4, dtype=dtype)
+    cores = torch.stack([still, learned], 1)  # (clients, layers, r, r)
+    alone = sim.core_similarity(learned[:, None], reference="init").fill_diagonal_(0)
+    torch.testing.assert_close(sim.core_similarity(cores, reference="init").fill_diagonal_(0), alone / 2)
+
+
 @pytest.mark.parametrize("size", [1e-7, 1e3])
 def test_the_size_of_a_move_plays_no_part(size):
     """Seen to fail at 1e-7 with normalize's default eps."""

@@ -64,6 +64,7 @@ def run(
     clients: Annotated[int | None, typer.Option(help="How many clients the data are dealt to.")] = None,
     rounds: Annotated[int | None, typer.Option(help="How many rounds.")] = None,
     out: Annotated[Path | None, typer.Option(help="The run directory; by default runs/METHOD-N.")] = None,
+    transport: Annotated[str | None, typer.Option(help="local, or flower-sim: Flower's simulation on Ray.")] = None,
     track: Track = None,
     settings: Settings = [],  # noqa: B006
 ) -> None:
@@ -72,8 +73,9 @@ def run(
 
     where = None if out is None else str(out)
     loaded = configuration.load(
-        config or DEMO, settings, method=method, data=data, model=model, clients=clients, rounds=rounds, out=where
-    )
+        config or DEMO, settings, method=method, data=data, model=model, clients=clients, rounds=rounds, out=where,
+        transport=transport,
+    )  # fmt: skip
     _prepare()
     from fedtri import display, runs, tracking
 

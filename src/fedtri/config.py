@@ -89,6 +89,7 @@ class EarlyStopping(Strict):
 class Simulation(Strict):
     """[simulation]: how many clients share a pass (0: all), and how many padded tokens one micro-batch may have.
 
+    With `transport = "flower-sim"` each client at work has `client_cpus` cores and `client_gpus` of a GPU to itself.
     1024 tokens keep a micro-batch's activations in a processor's cache; a GPU wants 16384 or more. Where no adapter
     stands in the first layers, what leaves them is kept: up to `prefix_budget` MB in memory, more than that in a file
     beside the run, and nothing at all at 0; `prefix_dtype` "auto" is the model's own.
@@ -98,6 +99,8 @@ class Simulation(Strict):
     token_budget: PositiveInt = 1024
     prefix_budget: Annotated[int, Field(ge=0)] = 1024
     prefix_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    client_cpus: PositiveInt = 1
+    client_gpus: Annotated[float, Field(ge=0)] = 0.0
 
 
 class Wire(Strict):
@@ -158,6 +161,7 @@ class Config(Strict):
     seed: Annotated[int, Field(ge=0)] = 0
     device: str = "auto"
     evaluate: bool = True
+    transport: Literal["local", "flower-sim"] = "local"
     out: str | None = None
     init_adapter: str | None = None
     columns: Columns = Columns()

@@ -1,7 +1,9 @@
 """Running a configuration in a run directory, resuming it, and what a finished run leaves behind."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,6 +18,7 @@ from fedtri.export import unexportable, write_peft
 from fedtri.federation import Federation, build
 from fedtri.models import locate
 from fedtri.store import ClientStore
+from fedtri.transport.local import LocalTransport
 from fedtri.types import Phase, ServerState, only
 from fedtri.wire import payload_bytes
 
@@ -83,13 +86,39 @@ def _rounds(
     listener: Listener,
 ) -> Iterator[Progress]:
     federation.transport.site = site = replace(federation.site, on_step=listener.on_step)
-    for progress in engine.run(
-        federation.method, federation.transport, federation.expected, federation.schedule,
-        state=found.state if found else None, history=lines, on_phase=listener.on_phase,
-    ):  # fmt: skip
-        yield record(folder, progress, site.store, lines)
+    with _transport(federation, folder) as transport:
+        for progress in engine.run(
+            federation.method, transport, federation.expected, federation.schedule,
+            state=found.state if found else None, history=lines, on_phase=listener.on_phase,
+        ):  # fmt: skip
+            yield record(folder, progress, site.store, lines)
     export_all(folder, federation)
     rundir.write_json(folder / "summary.json", summarise(federation, lines))
+
+
+@contextmanager
+def _transport(federation: Federation, folder: Path) -> Iterator[LocalTransport]:
+    """How tasks reach clients: in this process, or through Flower's simulation."""
+    config = federation.config
+    if config.transport == "local":
+        yield federation.transport
+        return
+    if find_spec("flwr") is None or find_spec("ray") is None:
+        raise FedtriError(
+            "transport: flower-sim needs Flower's simulation, which is not installed: pip install 'fedtri[simulation]'"
+        )
+    from fedtri.transport.simulation import simulated
+
+    resources = {"cpus": config.simulation.client_cpus, "gpus": config.simulation.client_gpus}
+    with simulated(federation.transport, one_client, folder.resolve(), **resources) as transport:
+        yield transport
+
+
+def one_client(folder: Path) -> LocalTransport:
+    """The clients of a run directory, one at a time, as an actor of Flower's simulation sees them."""
+    config = configuration.load(folder / "config.toml")
+    alone = config.simulation.model_copy(update={"cohort": 1})
+    return build(config.model_copy(update={"simulation": alone}), ClientStore(folder / "clients")).transport
 
 
 def record(folder: Path, progress: engine.Progress, store: ClientStore, lines: list[dict[str, Any]]) -> Progress:

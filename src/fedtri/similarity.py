@@ -198,10 +198,15 @@ def core_similarity(cores: Float[Tensor, "m layers r r"], *, reference: Literal[
     """Linear CKA between the clients' cores, averaged over layers, in [0, 1] with 1 on the diagonal.
 
     "raw" compares C, as the paper does; "init" compares C − I, what was learned: a core that has not moved
-    says nothing, and its similarity to every other client is 0. Source: CE-LoRA, arXiv:2503.23869.
+    says nothing, and its similarity to every other client is 0. Nor has one moved that a mixture of cores at I has left
+    within rounding of I: two of these would be alike in their noise. Source: CE-LoRA, arXiv:2503.23869.
     """
     m, layers, r, _ = cores.shape
-    moved = cores - torch.eye(r, dtype=cores.dtype, device=cores.device) if reference == "init" else cores
+    moved = cores
+    if reference == "init":
+        moved = cores - torch.eye(r, dtype=cores.dtype, device=cores.device)
+        still = torch.linalg.matrix_norm(moved, keepdim=True) <= 64 * torch.finfo(cores.dtype).eps * r**0.5
+        moved = moved.masked_fill(still, 0)
     similarity = cores.new_zeros(m, m)
     for rows in core_gram(moved):
         similarity.addmm_(rows, rows.T, alpha=1 / layers)  # in place: m × m is all that grows with m²

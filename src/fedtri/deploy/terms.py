@@ -10,7 +10,19 @@ from fedtri.config import Config
 from fedtri.errors import FedtriError
 from fedtri.federation import choose_task
 
-OWN = {"model", "data", "device", "out", "clients", "partition", "data_options", "simulation", "columns", "rounds"}
+OWN = {
+    "model",
+    "data",
+    "device",
+    "out",
+    "clients",
+    "partition",
+    "data_options",
+    "simulation",
+    "columns",
+    "rounds",
+    "transport",
+}
 """Keys in which the ends may differ, and rounds, which may be raised when a run is resumed."""
 
 

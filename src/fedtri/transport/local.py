@@ -1,7 +1,6 @@
 """The in-process transport: every task and reply passes through the same bytes as on a network, and is counted."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from fedtri import sketch, wire
 from fedtri.client import Site, client_update, rounded
@@ -27,27 +26,39 @@ class LocalTransport:
         return answers
 
     def _cohort(self, tasks: Sequence[Task]) -> list[Answer]:
-        layout = self.site.cohort.layout
-        sent = [wire.encode(wire.Message(t.phase, t.round, t.down), layout, self.dtype) for t in tasks]
-        received = []
-        for task, data in zip(tasks, sent, strict=True):
-            message = wire.decode(data, layout, self._shapes(task.client))
-            received.append(replace(task, phase=message.phase, round=message.round, down=message.factors))
-        answers = []
-        for data_down, reply in zip(sent, client_update(self.site, received), strict=True):
+        sent = [self.encode(task) for task in tasks]
+        received = self.serve([task.client for task in tasks], sent)
+        return [
+            Answer(self.read(up, task.client), len(up), len(down))
+            for task, down, up in zip(tasks, sent, received, strict=True)
+        ]
+
+    def encode(self, task: Task) -> bytes:
+        """A task's bytes."""
+        message = wire.Message(task.phase, task.round, task.down)
+        return wire.encode(message, self.site.cohort.layout, self.dtype)
+
+    def serve(self, clients: Sequence[str], sent: Sequence[bytes]) -> list[bytes]:
+        """The clients' half: their replies' bytes to the bytes of tasks of one phase, at most a cohort of them."""
+        layout, tasks = self.site.cohort.layout, []
+        for client, data in zip(clients, sent, strict=True):
+            message = wire.decode(data, layout, self._shapes(client))
+            tasks.append(Task(message.phase, message.round, client, message.factors))
+        said = []
+        for reply in client_update(self.site, tasks):
             message = wire.Message(
-                phase=received[0].phase,
+                phase=tasks[0].phase,
                 round=reply.round,
                 factors=rounded(self.site.store, reply, self.dtype).up,
                 num_examples=reply.num_examples,
                 metrics=reply.metrics,
                 sketch=b"" if reply.sketch is None else sketch.encode(reply.sketch),
             )
-            data = wire.encode(message, layout, self.dtype)
-            answers.append(Answer(self._read(data, reply.client), len(data), len(data_down)))
-        return answers
+            said.append(wire.encode(message, layout, self.dtype))
+        return said
 
-    def _read(self, data: bytes, client: str) -> Reply:
+    def read(self, data: bytes, client: str) -> Reply:
+        """A client's reply from its bytes."""
         message = wire.decode(data, self.site.cohort.layout, self._shapes(client))
         task, model = self.site.task, self.site.cohort.model
         size = task.feature_size(model)
