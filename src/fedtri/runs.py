@@ -107,7 +107,7 @@ def _transport(federation: Federation, folder: Path) -> Iterator[LocalTransport]
         raise FedtriError(
             "transport: flower-sim needs Flower's simulation, which is not installed: pip install 'fedtri[simulation]'"
         )
-    from fedtri.transport.simulation import simulated
+    from fedtri.transport.flower_simulation import simulated
 
     resources = {"cpus": config.simulation.client_cpus, "gpus": config.simulation.client_gpus}
     with simulated(federation.transport, one_client, folder.resolve(), **resources) as transport:

@@ -43,7 +43,7 @@ class SimulatedTransport(LocalTransport):
 
     def exchange(self, tasks: Sequence[Task]) -> list[Answer]:
         """Every task at once; Ray runs as many side by side as it has room for. Raises FedtriError where one fails."""
-        nodes, store = sorted(self.grid.get_node_ids()), self.site.store
+        nodes, store = self._nodes(), self.site.store
         sent = [self.encode(task) for task in tasks]
         messages = []
         for number, (task, data) in enumerate(zip(tasks, sent, strict=True)):
@@ -54,13 +54,23 @@ class SimulatedTransport(LocalTransport):
         places = {number: place for place, number in enumerate(self.grid.push_messages(messages))}
         answers: dict[int, Answer] = {}
         while len(answers) < len(tasks):
-            if not self.running():
-                raise FedtriError("transport: Flower's simulation has ended; what it said stands above")
+            self._require_running()
             for reply in self.grid.pull_messages([number for number, place in places.items() if place not in answers]):
                 place = places[reply.metadata.reply_to_message_id]
                 answers[place] = self._answer(tasks[place].client, reply, len(sent[place]))
             time.sleep(POLL)
         return [answers[place] for place in range(len(tasks))]
+
+    def _nodes(self) -> list[int]:
+        """Flower's nodes, any of which serves any client; they are there a moment after the start."""
+        while not (found := sorted(self.grid.get_node_ids())):
+            self._require_running()
+            time.sleep(POLL)
+        return found
+
+    def _require_running(self) -> None:
+        if not self.running():
+            raise FedtriError("transport: Flower's simulation has ended; what it said stands above")
 
     def _answer(self, client: str, reply: Message, down: int) -> Answer:
         if reply.has_error():
