@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from fedtri.errors import FedtriError
+from fedtri.report import files
 from tiny import Lab
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
@@ -16,6 +18,8 @@ SMALLEST = {
     "simulation": ["--quick", "--repeats", "1", "--last", "1", "--only", "last", "--without", "Flower + PEFT"],
     "population": ["--clients", "3", "6", "--sampled", "3"],
     "overheads": ["--quick"],
+    "report_page": ["--quick", "--repeats", "1"],
+    "network_bytes": [],
 }
 SAYS = {
     "aggregation": "| 768 | 10 | 8 |",
@@ -23,6 +27,8 @@ SAYS = {
     "simulation": "| fedtri, last 1 layers |",
     "population": "| 6 |",
     "overheads": "| checkpoint |",
+    "report_page": "| one run |",
+    "network_bytes": "| CE-LoRA, fedtri | 3,072 |",
 }
 
 
@@ -42,6 +48,11 @@ def run(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("name", sorted(SMALLEST))
 def test_a_benchmark_runs(name, data):
     """The losses of fedtri and PEFT agree on the way, with and without kept states, else simulation.py fails."""
+    if name == "report_page":
+        try:
+            files.browser()
+        except FedtriError:
+            pytest.skip("no browser found: apt-get install chromium")
     own = data if name in ("simulation", "population", "overheads") else []
     done = run(name, *SMALLEST[name], *own)
     assert done.returncode == 0, done.stderr
