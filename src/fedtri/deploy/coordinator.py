@@ -21,6 +21,7 @@ from fedtri import config as configuration
 from fedtri.cohort import Cohort
 from fedtri.config import Config
 from fedtri.cost import skeleton
+from fedtri.deploy.door import Door
 from fedtri.deploy.terms import common, fingerprint
 from fedtri.errors import FedtriError
 from fedtri.federation import choose_method, choose_task, client_ranks, largest_rank
@@ -60,7 +61,9 @@ def lead(path: Path, grid: Grid, run_config: Mapping[str, object]) -> None:
     with opened(config) as run, logged(run.folder / LOGGED):
         terms = Terms(layout, config.wire.dtype, config.wire.norm_bound, fingerprint(config), run.run)
         expected = Expectation(layout, ranks, config.wire.norm_bound, config.lora_alpha)
-        transport = FlowerTransport(grid, terms, sizes, expected, lambda round: method.plan(round).up, config.network)
+        transport = FlowerTransport(
+            grid, terms, sizes, expected, lambda round: method.plan(round).up, config.network, Door().turned_away
+        )
         for progress in engine.run(
             method, transport, expected, _schedule(config), state=run.found.state if run.found else None,
             history=run.lines, on_phase=_say,

@@ -44,10 +44,10 @@ class FlowerTransport:
 
     def __init__(
         self, grid: Grid, terms: Terms, sizes: Sizes, expected: Expectation, up: Callable[[int], frozenset[str]],
-        options: Network,
+        options: Network, turned_away: Callable[[], Sequence[str]] = tuple,
     ) -> None:  # fmt: skip
         self.grid, self.terms, self.sizes, self.expected = grid, terms, sizes, expected
-        self.up, self.options = up, options
+        self.up, self.options, self.turned_away = up, options, turned_away
         self.examples: dict[str, int] = {}
         """Training examples of every client heard of."""
         self._strangers: set[int] = set()
@@ -92,6 +92,8 @@ class FlowerTransport:
         for pending in waiting.values():
             why = f"no answer within {self.options.deadline:g} s"
             outcome.append(self._failure(pending.task.client, why, retries=pending.retries))
+        for key in self.turned_away():
+            outcome.append(self._failure(key, "a node with this key, which is not registered", refused=True))
         return outcome
 
     def _nodes(self) -> dict[str, int]:
