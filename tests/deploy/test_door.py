@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fedtri.deploy import certificates
-from fedtri.deploy.door import MOST, Door, fingerprint
+from fedtri.deploy.door import MOST, NAMED, Door, fingerprint
 
 SAYS = "ERROR flwr 2026 | x.py:1 | [code: 2002] Attempted to register SuperNode with public key: {!r}\n"
 
@@ -40,6 +40,9 @@ def test_a_flooded_log_is_read_from_its_end(tmp_path):
     door = Door(log)
     log.write_text("x" * (2 * MOST) + SAYS.format(key))
     assert door.turned_away() == [fingerprint(key)]
+    with log.open("a") as file:
+        file.writelines(SAYS.format(b"stranger %d" % number) for number in range(2 * NAMED))
+    assert len(door.turned_away()) == NAMED
 
 
 def test_without_a_log_nobody_is_told_of(monkeypatch):

@@ -19,6 +19,8 @@ LOGGED = "superlink.log"
 """The file's name under FLWR_HOME, as the server's start script gives it."""
 MOST = 1 << 20
 """Bytes of the log that are read at a time, and not more: strangers can make it grow."""
+NAMED = 10
+"""Keys that are told of at a time, and not more, for the same reason."""
 TURNED_AWAY = re.compile(r"Attempted to register SuperNode with public key: (b'[^']{1,2000}')")
 
 
@@ -41,9 +43,9 @@ class Door:
         with self.path.open("rb") as log:
             log.seek(start)
             text = log.read(size - start).decode(errors="replace")
-        found = {fingerprint(_bytes(key)) for key in TURNED_AWAY.findall(text)} - self._seen
-        self._seen |= found
-        return sorted(found)
+        found = sorted({fingerprint(_bytes(key)) for key in TURNED_AWAY.findall(text)} - self._seen)[:NAMED]
+        self._seen |= set(found)
+        return found
 
     def _size(self) -> int:
         return self.path.stat().st_size if self.path is not None and self.path.exists() else 0

@@ -13,6 +13,7 @@ from pathlib import Path
 from string import Template
 
 from fedtri.deploy import certificates
+from fedtri.deploy.door import LOGGED
 from fedtri.errors import FedtriError
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -60,7 +61,7 @@ def _server(folder: Path, signer: certificates.Authority, clients: Sequence[str]
     _put(folder / "server.key", key, 0o600)
     for script in ("environment", "register", "run"):
         _put(folder / script, _text(script, values).encode(), 0o755)
-    _put(folder / "start", _text("superlink", values).encode(), 0o755)
+    _put(folder / "start", _text("superlink", {**values, "log": LOGGED}).encode(), 0o755)
     _put(folder / "flower.toml", _text("flower.toml", values).encode())
     for file in ("federation.toml", "pyproject.toml", "fedtri_app.py"):
         text = _text(file, values) if file == "federation.toml" else _source(file)

@@ -11,18 +11,9 @@ from fedtri.errors import FedtriError
 from fedtri.federation import choose_task
 
 OWN = {
-    "model",
-    "data",
-    "device",
-    "out",
-    "clients",
-    "partition",
-    "data_options",
-    "simulation",
-    "columns",
-    "rounds",
+    "model", "data", "device", "out", "clients", "partition", "data_options", "simulation", "columns", "rounds",
     "transport",
-}
+}  # fmt: skip
 """Keys in which the ends may differ, and rounds, which may be raised when a run is resumed."""
 
 

@@ -95,7 +95,6 @@ def simulated(
         cpus: Cores for each client that is at work.
         gpus: Share of a GPU for each.
     """
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))  # for Ray's actors
     grids, over, failures = Queue[Grid | None](), threading.Event(), list[BaseException]()
     server, nodes = ServerApp(), len(local.clients())
 
@@ -116,14 +115,30 @@ def simulated(
             grids.put(None)
 
     thread = threading.Thread(target=simulate, daemon=True)
-    thread.start()
-    if (grid := grids.get()) is None:
-        raise FedtriError(f"transport: Flower's simulation did not start: {failures[0] if failures else 'see above'}")
+    with _importable():
+        thread.start()
+        if (grid := grids.get()) is None:
+            why = failures[0] if failures else "see above"
+            raise FedtriError(f"transport: Flower's simulation did not start: {why}")
+        try:
+            yield SimulatedTransport(local, grid, folder, thread.is_alive)
+        finally:
+            over.set()
+            thread.join()
+
+
+@contextmanager
+def _importable() -> Iterator[None]:
+    """What this process can import, Ray's actors can too while this lasts."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     try:
-        yield SimulatedTransport(local, grid, folder, thread.is_alive)
+        yield
     finally:
-        over.set()
-        thread.join()
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
 
 
 def client_app(build: Build, cpus: int) -> ClientApp:
