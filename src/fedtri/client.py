@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from importlib import import_module
 
 import numpy as np
 import torch
@@ -13,8 +14,8 @@ from fedtri.factors import folded, initial_factors
 from fedtri.seeds import derive
 from fedtri.store import ClientStore
 from fedtri.tasks import Examples, LearningTask
-from fedtri.threads import Stop, side_by_side
 from fedtri.types import Factors, Method, Reply, Split, Task, only
+from fedtri.workers import Worker, side_by_side
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,10 @@ def kept(site: Site, task: Task) -> Factors:
 
 
 def _sketch(site: Site, tasks: Sequence[Task]) -> list[Reply]:
-    def answer(task: Task, _: Stop) -> Reply:
+    import_module("sklearn.mixture")  # once, not in each of the processes that fork off
+    site.cohort.share()
+
+    def answer(task: Task, _: Worker) -> Reply:
         rows = site.splits[task.client].train
         labels = site.examples.labels
         found = sketch.fit(

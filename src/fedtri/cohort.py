@@ -18,6 +18,7 @@ from fedtri.errors import FedtriError
 from fedtri.recompute import Recomputation
 from fedtri.routing import Routing
 from fedtri.types import Factors, Key, Layer, Layout
+from fedtri.workers import shared
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Cohort:
         self.kind, self.routing = kind, Routing()
         self._last = head[-1] if head else None
         self._slots: dict[int, Slot] = {}
+        self._shared: dict[Key, int] = {}
         layers, head_shapes = [], []
         self._quantised = [layer for layer in model.modules() if isinstance(layer, nn.Linear) and not plain(layer)]
         for layer in self._quantised:  # in evaluation mode bitsandbytes repacks weights so that no gradient passes
@@ -105,6 +107,16 @@ class Cohort:
 
     def _of(self, key: Key, stack: Tensor, slot: int) -> Tensor:
         return stack if key.factor == "P" else stack[slot]
+
+    def share(self) -> None:
+        """Put what clients leave behind where workers share it: call it before they set out side by side."""
+        for key in self.layout.keys(self.layout.factors - {"P", "W"}) if self.clients > 1 else ():
+            stack = self.stacked(key)
+            if self._shared.get(key) != stack.data_ptr():
+                stack.data = shared(stack.data)
+                self._shared[key] = stack.data_ptr()
+        if self.prefix is not None:
+            self.prefix.open()
 
     def layer(self, name: str) -> TriLinear:
         """The adapted layer of this name."""

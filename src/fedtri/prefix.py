@@ -10,7 +10,6 @@ import inspect
 import os
 import shutil
 import tempfile
-import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,9 +24,9 @@ from torch import Tensor, nn
 from fedtri.errors import FedtriError
 from fedtri.packing import agree, backbone_of, layer_list, short_texts, takes_texts
 from fedtri.routing import Routing
+from fedtri.workers import empty_shared
 
 Rows = Int[np.ndarray, "_"]
-_ALLOCATING = threading.Lock()
 
 
 @runtime_checkable
@@ -113,7 +112,12 @@ class Prefix:
         kept = np.flatnonzero(self._group >= 0)
         ends = np.cumsum(texts.lengths[kept])
         self._start[kept], self._total = ends - texts.lengths[kept], int(ends[-1]) if len(kept) else 0
-        self._done = np.zeros(len(self._groups), bool)
+        self._done = empty_shared((len(self._groups),), torch.bool).fill_(False).numpy()
+
+    def open(self) -> None:
+        """Make room for the states, before processes fork that are to share it; the first group tells how much."""
+        if self._states is None and self._groups:
+            self.ready(self._groups[0])
 
     def ready(self, rows: Rows) -> bool:
         """Whether these examples are kept; those that are to be and are not yet, are computed now."""
@@ -192,16 +196,15 @@ class Prefix:
         return args, {**kwargs, "hidden_states": running.states.to(kwargs["hidden_states"])}
 
     def _store(self, kept: Int[Tensor, "tokens"], states: Float[Tensor, "tokens d"]) -> None:
-        with _ALLOCATING:
-            if self._states is None:
-                self._states = self._room(states.shape[1], self._dtype or states.dtype)
+        if self._states is None:
+            self._states = self._room(states.shape[1], self._dtype or states.dtype)
         self._states[kept] = states.to(self._states)
 
     def _room(self, width: int, dtype: torch.dtype) -> Float[Tensor, "total d"]:
         """Memory for all states; where that is over the budget, a file's that has no name any more."""
         size = self._total * width * dtype.itemsize
         if size <= self._budget:
-            return torch.empty(self._total, width, dtype=dtype)
+            return empty_shared((self._total, width), dtype)
         if self._folder is not None:
             self._folder.mkdir(parents=True, exist_ok=True)
         handle, path = tempfile.mkstemp(prefix="prefix-", dir=self._folder)

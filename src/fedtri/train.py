@@ -8,6 +8,7 @@ norm is clipped over its own factors, and its AdamW is its own: what it learns d
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from typing import TypeVar
 
 import numpy as np
@@ -17,8 +18,8 @@ from jaxtyping import Float, Int
 from fedtri.cohort import Cohort
 from fedtri.tasks import Examples, LearningTask, Scores
 from fedtri.tasks.base import to_device
-from fedtri.threads import side_by_side
 from fedtri.types import Factors
+from fedtri.workers import Worker, side_by_side
 
 Rows = Int[np.ndarray, "_"]
 OnStep = Callable[[int, int, float], None]
@@ -92,15 +93,18 @@ def train(
 ) -> dict[int, float]:
     """Train every client of the cohort for one round; returns each slot's mean training loss over the round.
 
-    `on_step(slot, step, loss)` hears of every client's steps, counted from 1, in the thread that took them. On a
-    processor clients train apart, side by side in as many threads as PyTorch has; on a GPU they share passes.
+    `on_step(slot, step, loss)` hears of every client's steps, counted from 1. On a processor clients train apart, side by
+    side on as many cores as PyTorch has threads; on a GPU they share passes.
     """
+    cohort.share()
     cohort.train_only(kinds)
+    if how.schedule != "constant":
+        import_module("transformers.optimization")  # once, not in each of the processes that fork off
 
-    def fit(works: Sequence[Work], stop: Callable[[], bool]) -> dict[int, float]:
+    def fit(works: Sequence[Work], worker: Worker) -> dict[int, float]:
         learners = {work.slot: _Learner(cohort, work, how, kinds) for work in works}
         totals = {work.slot: (0.0, 0) for work in works}
-        while not stop() and (
+        while not worker.stop() and (
             batches := {
                 slot: rows for slot, learner in learners.items() if (rows := next(learner.batches, None)) is not None
             }
@@ -114,12 +118,12 @@ def train(
             for slot, loss in losses.items():
                 learners[slot].step()
                 totals[slot] = (totals[slot][0] + loss, totals[slot][1] + 1)
-                on_step(slot, totals[slot][1], loss)
+                worker.tell(slot, totals[slot][1], loss)
         return {slot: total / max(count, 1) for slot, (total, count) in totals.items()}
 
     tokens = [float(sum(examples.lengths[rows].sum() for rows in minibatches(work, how))) for work in works]
     shares = _shares(works, tokens, cohort)
-    found = _merged(side_by_side([partial(fit, share) for share in shares]))
+    found = _merged(side_by_side([partial(fit, share) for share in shares], on_step))
     cohort.train_only(frozenset())
     return found
 
@@ -149,7 +153,9 @@ def evaluate(
 ) -> dict[int, dict[str, float]]:
     """Each slot's mean loss and accuracy over its own rows."""
 
-    def score(slots: Sequence[int], stop: Callable[[], bool]) -> dict[int, dict[str, float]]:
+    cohort.share()
+
+    def score(slots: Sequence[int], worker: Worker) -> dict[int, dict[str, float]]:
         owners, pooled = _pool({slot: rows[slot] for slot in slots})
         loss, correct = np.zeros(len(pooled)), np.zeros(len(pooled))
         with torch.inference_mode():

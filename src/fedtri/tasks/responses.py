@@ -19,7 +19,7 @@ from fedtri.cohort import Cohort
 from fedtri.errors import FedtriError
 from fedtri.tasks import checkpoints
 from fedtri.tasks.base import Batch, Rows, Scores
-from fedtri.threads import Stop, side_by_side
+from fedtri.workers import Worker, side_by_side
 
 IGNORED = -100
 """The label of a token that carries no loss, as in PyTorch's cross-entropy."""
@@ -111,10 +111,10 @@ def exact_matches(
 ) -> dict[int, float]:
     """By slot, the share of its rows that its own model answers exactly; clients side by side, but on a GPU."""
 
-    def share(slot: int, stop: Stop) -> float:
+    def share(slot: int, worker: Worker) -> float:
         own, hits = rows[slot], 0
         for start in range(0, len(own), batch_size):
-            if stop():
+            if worker.stop():
                 break
             chosen = own[start : start + batch_size]
             cohort.route([slot] * len(chosen))
@@ -122,7 +122,7 @@ def exact_matches(
         return hits / len(own)
 
     jobs = [partial(share, slot) for slot in rows]
-    found = [job(lambda: False) for job in jobs] if cohort.together else side_by_side(jobs)
+    found = [job(Worker()) for job in jobs] if cohort.together else side_by_side(jobs)
     return dict(zip(rows, found, strict=True))
 
 
