@@ -65,7 +65,7 @@ def test_a_job_that_fails_stops_the_others_and_says_why(two):
             assert time.monotonic() - began < 30, "nobody said stop"
             time.sleep(0.01)
 
-    with pytest.raises(FedtriError, match="^columns: a reason$"):
+    with pytest.raises(FedtriError, match=r"^columns: a reason$"):
         side_by_side([goes_on, fails])
 
 
@@ -76,7 +76,7 @@ def test_a_process_that_dies_is_one_line():
     def dies(worker: Worker) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    with pytest.raises(FedtriError, match="ended from outside.*OMP_NUM_THREADS=1") as error:
+    with pytest.raises(FedtriError, match=r"ended from outside.*OMP_NUM_THREADS=1") as error:
         side_by_side([dies, lambda worker: None])
     assert "\n" not in str(error.value)
 

@@ -93,8 +93,8 @@ def train(
 ) -> dict[int, float]:
     """Train every client of the cohort for one round; returns each slot's mean training loss over the round.
 
-    `on_step(slot, step, loss)` hears of every client's steps, counted from 1. On a processor clients train apart, side by
-    side on as many cores as PyTorch has threads; on a GPU they share passes.
+    `on_step(slot, step, loss)` hears of every client's steps, counted from 1. On a processor clients train apart, side
+    by side on as many cores as PyTorch has threads; on a GPU they share passes.
     """
     cohort.share()
     cohort.train_only(kinds)

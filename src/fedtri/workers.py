@@ -1,8 +1,8 @@
 """Clients side by side: on Linux in processes forked for the occasion, elsewhere in threads.
 
-PyTorch lets go of the interpreter inside kernels, but short ones leave threads waiting for each other's Python. A forked
-process starts with all that its parent holds, copied only where one of them writes; what it leaves behind has to be in
-its result or in memory from `shared`.
+PyTorch lets go of the interpreter inside kernels, but short ones leave threads waiting for each other's Python. A
+forked process starts with all that its parent holds, copied only where one of them writes; what it leaves behind has to
+be in its result or in memory from `shared`.
 """
 
 import ctypes
