@@ -33,6 +33,8 @@ class Work:
     limit: int | None = None
     """How many texts of the data take part; None: all."""
     threads: int = 2
+    mixed: bool = False
+    """Products in bfloat16: fedtri's model_options.mixed_precision, PyTorch's autocast for the others."""
 
     @property
     def alpha(self) -> float:
@@ -49,7 +51,8 @@ def config_of(work: Work, **more: Any) -> Any:
         "partition": "iid", "steps": work.steps, "batch_size": work.batch_size, "rank": work.rank,
         "lora_alpha": work.alpha, "max_length": work.max_length, "learning_rate": work.learning_rate,
         "rounds": 10**6, "evaluate": False, "device": "cpu", "seed": 0, "layers": work.layers,
-        "data_options": {} if work.limit is None else {"limit": work.limit}, **more,
+        "data_options": {} if work.limit is None else {"limit": work.limit},
+        "model_options": {"mixed_precision": "bfloat16"} if work.mixed else {}, **more,
     })  # fmt: skip
 
 
@@ -103,7 +106,7 @@ def fedtri_rounds(work: Work, **more: Any) -> Iterator[float]:
     from fedtri import runs
 
     torch.set_num_threads(work.threads)
-    folder = Path(work.folder) / "run"
+    folder = Path(work.folder) / ("run-bfloat16" if work.mixed else "run")
     for progress in runs.run(config_of(work, out=str(folder), **more)):
         yield progress.line["loss"]
 
@@ -168,7 +171,8 @@ class Peers:
         losses = []
         self.model.train()
         for rows in self.about["order"][round][client]:
-            loss = self.model(**self.batch(rows)).loss
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.work.mixed):
+                loss = self.model(**self.batch(rows)).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(self.learns.values(), 1.0)
             optimizer.step()

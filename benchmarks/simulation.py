@@ -4,11 +4,12 @@
     python benchmarks/simulation.py --data PATH/TO/GLUE/SST-2 --quick        # fewer steps and rounds
 
 The work: MiniLM, LoRA of rank 8 on query and value of all layers, 10 clients × 10 steps × 16 SST-2 sentences a round.
-Each contender is a process of its own and takes its turn, round by round, while the others wait; the machine's
-matrix-product rate is measured between them. The mean losses of all rounds must agree, else the script fails: then the
-work was not the same. "of the limit" counts real tokens only, each a forward pass and the gradient of every activation
-through the frozen layers (2 · 2 · parameters), against that rate. Core seconds are those in which a core worked for the
-contender: on a machine that others use too they tell more than the clock.
+Each contender is a process of its own and takes its turn, round by round, while the others are suspended, with all that
+they started; the machine's matrix-product rate is measured between them. The mean losses of all rounds must agree, else
+the script fails: then the work was not the same. "of the limit" counts real tokens only, each a forward pass and the
+gradient of every activation through the frozen layers (2 · 2 · parameters), against that rate, which is float32's. Core
+seconds are those in which a core worked for the contender: on a machine that others use too they tell more than the
+clock. "bfloat16" has products alone in it: fedtri's mixed precision, and torch.autocast around PEFT's forward pass.
 
 A second competition has adapters on the last layers alone and so few texts that each has been met before: fedtri begins
 with the hidden states it has kept. Its ratios are to the work with adapters on all layers.
@@ -64,6 +65,7 @@ class Contender:
     def turn(self) -> float:
         """Seconds of one round."""
         assert self.process.pid is not None
+        machine.resume(self.process.pid)
         before = machine.cpu_seconds(self.process.pid)
         self.pipe.send(True)
         while not self.pipe.poll(1):
@@ -72,10 +74,13 @@ class Contender:
         seconds, loss = self.pipe.recv()
         self.losses.append(loss)
         self.worked.append(machine.cpu_seconds(self.process.pid) - before)
+        machine.suspend(self.process.pid)
         return seconds
 
     def stop(self) -> None:
         """Let the process end."""
+        if self.process.pid is not None:
+            machine.resume(self.process.pid)
         with contextlib.suppress(OSError):
             self.pipe.send(False)
         self.process.join(60)
@@ -103,6 +108,11 @@ def serve(kind: str, work: Work, pipe: Connection) -> None:
     rounds: Iterator[float] = (contenders.peft_rounds if kind == PEFT else contenders.fedtri_rounds)(work)
     while wait():
         say(next(rounds))
+
+
+def in_bfloat16(one: Contender) -> Contender:
+    """The same work with products in bfloat16."""
+    return Contender(f"{one.name}, bfloat16", one.kind, replace(one.work, mixed=True))
 
 
 @dataclass(frozen=True)
@@ -143,8 +153,8 @@ def compete(crew: list[Contender], repeats: int, tokens: Sequence[int], hidden: 
 
 def same_work(crew: Sequence[Contender]) -> None:
     """Exit with an error where losses on the same work differ by more than rounding explains."""
-    for work in {one.work for one in crew}:
-        same = [one for one in crew if one.work == work]
+    for work in {replace(one.work, mixed=False) for one in crew}:
+        same = [one for one in crew if replace(one.work, mixed=False) == work]
         for round, losses in enumerate(zip(*(one.losses for one in same), strict=True)):
             apart = max(losses) - min(losses)
             if apart > (ATOL if round else ATOL / 10):
@@ -157,7 +167,7 @@ def same_work(crew: Sequence[Contender]) -> None:
 def rows(found: Found, flop: float) -> list[str]:
     """The table's lines in Markdown; ratios are medians of paired rounds."""
     crew, tokens = found.crew, statistics.mean(found.tokens)
-    base = next((one for one in crew if one.kind == FLOWER), crew[-1])
+    base = next((one for one in crew if one.kind == FLOWER), next(one for one in crew[::-1] if not one.work.mixed))
     lines = [
         f"| | s a round | (fastest, slowest) | real tokens/s | × {base.name} | of the limit | core seconds | × | "
         "of the limit | peak memory |",
@@ -195,7 +205,7 @@ def setup(works: Sequence[Work], pipe: Connection) -> None:
 
 def competition(title: str, crew: list[Contender], repeats: int) -> list[str]:
     """One competition's text: what was done, and its table."""
-    works = list(dict.fromkeys(one.work for one in crew))
+    works = list(dict.fromkeys(replace(one.work, mixed=False) for one in crew))
     ours, theirs = mp.Pipe()
     process = mp.get_context("spawn").Process(target=setup, args=(works, theirs))
     process.start()
@@ -246,12 +256,14 @@ def main() -> None:
         above = f"last {options.last} layers"
         if options.only != "last":
             crew = [Contender(kind, kind, work) for kind in kinds]
+            crew += [in_bfloat16(one) for one in crew if one.kind != PEFT]
             lines += competition("Adapters on all layers", crew, options.repeats)
         if options.only != "all":
             if options.quick:
                 kinds = [kind for kind in kinds if kind != FLOWER]
             crew = [Contender(f"{kind}, all layers", kind, few) for kind in kinds if kind == FLOWER]
             crew += [Contender(f"{kind}, {above}", kind, last) for kind in kinds]
+            crew += [in_bfloat16(one) for one in crew if one.kind == FEDTRI]
             lines += competition(f"Adapters on the {above}, all texts met before", crew, options.repeats)
     print("\n".join(lines))
     if options.out:

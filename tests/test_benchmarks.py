@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from fedtri.errors import FedtriError
 from fedtri.report import files
@@ -20,6 +21,7 @@ SMALLEST = {
     "overheads": ["--quick"],
     "report_page": ["--quick", "--repeats", "1"],
     "network_bytes": [],
+    "gpu": ["--quick", "--device", "cpu"],
 }
 SAYS = {
     "aggregation": "| 768 | 10 | 8 |",
@@ -29,6 +31,7 @@ SAYS = {
     "overheads": "| checkpoint |",
     "report_page": "| one run |",
     "network_bytes": "| CE-LoRA, fedtri | 3,072 |",
+    "gpu": "| bfloat16 |",
 }
 
 
@@ -53,7 +56,7 @@ def test_a_benchmark_runs(name, data):
             files.browser()
         except FedtriError:
             pytest.skip("no browser found: apt-get install chromium")
-    own = data if name in ("simulation", "population", "overheads") else []
+    own = data if name in ("simulation", "population", "overheads", "gpu") else []
     done = run(name, *SMALLEST[name], *own)
     assert done.returncode == 0, done.stderr
     assert SAYS[name] in done.stdout
@@ -74,3 +77,9 @@ def test_work_that_is_not_the_same_is_an_error(monkeypatch):
     crew[1].losses[0] = 0.701
     with pytest.raises(SystemExit, match="the work was not the same"):
         simulation.same_work(crew)
+
+
+def test_without_a_gpu_nothing_is_said_of_one():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert run("gpu").stdout == "No GPU at hand: none was measured.\n"

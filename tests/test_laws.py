@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from fedtri import checkpoint, client, rundir, runs, server, wire
+from fedtri.cohort import Cohort
 from fedtri.config import Config
 from fedtri.federation import Federation
 from fedtri.types import Method, Plan, Reply, ServerState, Task
@@ -207,6 +208,18 @@ def test_workers_side_by_side_change_nothing(method, needs, apart, lab, tmp_path
 
 SIDE_BY_SIDE = {"layers": "last:1", "targets": "query"}
 """With hidden states kept, which workers share, too."""
+
+
+@pytest.mark.parametrize("method", MAIN)
+def test_clients_that_share_passes_get_what_they_get_alone(method, lab, tmp_path, monkeypatch):
+    """As on a GPU. Seen to fail with rows of packed texts that two clients share."""
+    found = []
+    for shared in (True, False):
+        monkeypatch.setattr(Cohort, "together", property(lambda self, shared=shared: shared))
+        built = lab.federation(tmp_path / str(shared), method=method, double=True, simulation__token_budget=100)
+        found.append(([progress.line["loss"] for progress in rounds(built)], clients_tensors(built)))
+    assert_same(found[0][1], found[1][1], atol=1e-9, rtol=0)
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
 
 
 STOPS = ("in a round", "after a round", "before the first", "between the files of one")

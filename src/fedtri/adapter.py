@@ -11,10 +11,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
 from fedtri.factors import block_diagonal
+from fedtri.mixed import gradient, product
 from fedtri.routing import Routing
 
 Kind = Literal["lora", "dora", "hira"]
@@ -68,7 +68,7 @@ class TriLinear(Stacked):
 
     def forward(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_out"]:
         base, slot, simple = self.base, self.routing.single, self.kind == "lora" and not self.dense
-        if slot is not None and simple and type(base) is nn.Linear and x.dtype == base.weight.dtype == self.A.dtype:
+        if slot is not None and simple and type(base) is nn.Linear and x.dtype == self.A.dtype:
             return self._alone(x, base, slot)
         out = base(x)
         rows = self.routing.rows(x).to(self.A.dtype)
@@ -142,7 +142,7 @@ class OneClient(torch.autograd.Function):
         h = x @ A.mT
         z = h @ C.mT
         ctx.save_for_backward(x, W0, A, C, B, h, z)
-        return linear(x, W0, bias).addmm_(z, B.mT)
+        return product(x, W0, bias).to(x.dtype).addmm_(z, B.mT)
 
     @staticmethod
     @once_differentiable
@@ -152,7 +152,7 @@ class OneClient(torch.autograd.Function):
         dz = dy @ B
         dh = dz @ C
         return (
-            (dy @ W0).addmm_(dh, A) if wants_x else None, None, None,
+            gradient(dy, W0).to(dy.dtype).addmm_(dh, A) if wants_x else None, None, None,
             dh.mT @ x if wants_A else None, dz.mT @ h if wants_C else None, dy.mT @ z if wants_B else None,
         )  # fmt: skip
 

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from fedtri import packing, prefix, trim
+from fedtri import mixed, packing, prefix, trim
 from fedtri.adapter import Kind, Stacked, StackedLinear, TriLinear, plain, shape_of
 from fedtri.errors import FedtriError
 from fedtri.recompute import Recomputation
@@ -50,6 +50,7 @@ class Cohort:
         extra: str = "",
         heads: int = 1,
         checkpointing: bool = False,
+        mixed_precision: bool = False,
     ) -> None:
         self.model, self.clients, self.rank = model.eval(), clients, rank
         self.kind, self.routing = kind, Routing()
@@ -60,6 +61,9 @@ class Cohort:
         self._quantised = [layer for layer in model.modules() if isinstance(layer, nn.Linear) and not plain(layer)]
         for layer in self._quantised:  # in evaluation mode bitsandbytes repacks weights so that no gradient passes
             layer.training = True
+        if mixed_precision and (self._quantised or "P" in extra):
+            what = "quantised weights are" if self._quantised else "a backbone that learns is"
+            raise FedtriError(f"model_options.mixed_precision: {what} not for bfloat16 products; set it to none")
         if (kind != "lora" or "P" in extra) and self._quantised:
             what = "training the backbone itself" if "P" in extra else f"adapter = {kind}"
             raise FedtriError(f"model_options.quantization: {what} needs plain weights; set it to none")
@@ -88,6 +92,8 @@ class Cohort:
         self.packing = packing.prepare(model, self.routing)
         self.trim = trim.prepare(model, self.routing)
         self.prefix = prefix.prepare(model, targets, self.routing)
+        if mixed_precision:  # last, since what packing and its like try goes by float32's rounding
+            mixed.prepare(model, [self.layer(layer.name).base for layer in layers])
         self._recomputation = Recomputation(model, self.routing) if checkpointing else None
 
     def _open(

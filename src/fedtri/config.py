@@ -54,11 +54,13 @@ class Columns(Strict):
 class ModelOptions(Strict):
     """[model_options]: how the frozen weights are kept, and whether layers are run again instead of remembered.
 
-    "auto" is the checkpoint's own number type. Adapters are float32. 8bit and 4bit need bitsandbytes.
+    "auto" is the checkpoint's own number type. Adapters are float32. 8bit and 4bit need bitsandbytes. With
+    `mixed_precision` a float32 model's frozen linear layers multiply in bfloat16.
     """
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     quantization: Literal["none", "8bit", "4bit"] = "none"
+    mixed_precision: Literal["none", "bfloat16"] = "none"
     gradient_checkpointing: bool = False
 
 

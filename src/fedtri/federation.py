@@ -152,6 +152,7 @@ def load_cohort(config: Config, label_names: tuple[str, ...], clients: int) -> t
         extra=method.extra,
         heads=method.heads,
         checkpointing=how.gradient_checkpointing,
+        mixed_precision=how.mixed_precision == "bfloat16",
     )
     return cohort, loaded.processor, {**head, **cohort.initial()}
 

@@ -1,0 +1,145 @@
+"""Products in bfloat16, the rest in float32: close to float32's results, and nothing that learns loses a bit."""
+
+import pytest
+import torch
+from torch import nn
+
+from fedtri import models
+from fedtri.cohort import Cohort
+from fedtri.errors import FedtriError
+from fedtri.factors import initial_factors
+from fedtri.mixed import ROWS, gradient, product
+from test_packing import SLOTS, batch
+from tiny import SIZES, Lab, assert_same, classifier, clients_tensors, rounds
+
+KINDS = frozenset("ACBH")
+
+
+def cohort_of(kind: str, *, mixed_precision: bool, targets: str = "auto") -> Cohort:
+    torch.manual_seed(0)
+    model = classifier(kind)
+    head = models.initial_head(model, models.head_layers(model), set(), 0)
+    on = Cohort(
+        model, targets=models.find_targets(model, targets), head=models.head_layers(model), clients=2, rank=2,
+        mixed_precision=mixed_precision,
+    )  # fmt: skip
+    for slot in (0, 1):
+        factors = {
+            key: torch.randn(value.shape, generator=torch.Generator().manual_seed(slot)) * 0.3
+            for key, value in initial_factors(on.layout, head, rank=2, seed=0).items()
+        }
+        on.write(slot, factors, 2, 4.0)
+    return on
+
+
+def passed(on: Cohort, slots: list[int], pack: bool) -> list[torch.Tensor]:
+    on.train_only(KINDS)
+    on.route(slots, pack=pack)
+    logits = on.model(**batch()).logits
+    (logits * torch.arange(1.0, 4.0)).sum().backward()
+    found = [logits.detach(), *(on.stacked(key).grad.clone() for key in on.layout.keys(KINDS))]
+    return [one for one in found if one.norm()]
+
+
+@pytest.mark.parametrize("pack", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("slots", [SLOTS, [1] * 6], ids=["two clients", "one client"])
+@pytest.mark.parametrize("kind", sorted(SIZES))
+def test_logits_and_gradients_are_float32s_to_bfloat16s_rounding(kind, slots, pack):
+    """Seen to fail with a bias left out, and with gradients through the untransposed weight."""
+    exact = passed(cohort_of(kind, mixed_precision=False), slots, pack)
+    found = passed(cohort_of(kind, mixed_precision=True), slots, pack)
+    assert len(found) == len(exact)
+    assert any(not torch.equal(a, b) for a, b in zip(found, exact, strict=True))
+    for a, b in zip(found, exact, strict=True):
+        assert a.dtype == torch.float32
+        assert (a - b).norm() < 0.03 * b.norm()
+
+
+def test_frozen_linear_weights_alone_lose_bits():
+    on = cohort_of("bert", mixed_precision=True)
+    linears = [module for module in on.model.modules() if type(module) is nn.Linear]
+    assert len(linears) == 2 * 6 + 1
+    weights = {id(value) for module in linears for value in module.parameters()}
+    for value in on.model.parameters():
+        assert value.dtype == (torch.bfloat16 if id(value) in weights else torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("kind", "targets", "expected"),
+    [
+        ("bert", "query", {"intermediate.dense"}),
+        ("bert", "intermediate.dense", set()),
+        ("bert", r"bert.*layer\.0\.output\.dense", {"intermediate.dense"}),
+        ("llama", "q_proj", {"gate_proj", "up_proj"}),
+        ("gpt_neox", "dense", {"dense_h_to_4h"}),
+    ],
+)
+def test_what_goes_through_an_activation_into_a_product_stays_bfloat16(kind, targets, expected):
+    """And nothing that attention reads, or an adapter. Seen to fail with every layer that is wider out than in."""
+    on, narrow = cohort_of(kind, mixed_precision=True, targets=targets), set()
+    for name, module in on.model.named_modules():
+        if type(module) is nn.Linear and module(torch.zeros(1, module.in_features)).dtype == torch.bfloat16:
+            narrow.add(next((end for end in expected if name.endswith(end)), name))
+    assert narrow == expected
+    found = passed(on, SLOTS, True)
+    assert all(one.isfinite().all() for one in found)
+
+
+@pytest.mark.parametrize("n", [1, ROWS - 1, ROWS, ROWS + 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_filled_rows_leave_no_trace(n, dtype):
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(n, 8, generator=generator), torch.randn(6, 8, generator=generator).bfloat16()
+    bias = torch.randn(6, generator=generator).bfloat16()
+    y = product(x.to(dtype), weight, bias)
+    assert (y.shape, y.dtype) == ((n, 6), torch.bfloat16)
+    torch.testing.assert_close(y.double(), (x.bfloat16().double() @ weight.double().T) + bias, atol=0.02, rtol=0.01)
+    dx = gradient(y.to(dtype), weight)
+    torch.testing.assert_close(dx.double(), y.double() @ weight.double(), atol=0.02, rtol=0.01)
+
+
+def test_weights_of_one_type_multiply_as_ever():
+    x, weight, bias = torch.randn(5, 8), torch.randn(6, 8), torch.randn(6)
+    assert torch.equal(product(x, weight, bias), nn.functional.linear(x, weight, bias))
+    assert torch.equal(gradient(x @ weight.T, weight), x @ weight.T @ weight)
+
+
+MIXED = {"model_options__mixed_precision": "bfloat16"}
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"method": "ce_lora"},
+        {"method": "flora"},
+        {"method": "fedit", "adapter": "dora"},
+        {"method": "fedit", "adapter": "hira"},
+        {"method": "fedit", "layers": "last:1"},
+        {"of": "language", "model_options__gradient_checkpointing": True},
+    ],
+    ids=lambda values: "-".join(map(str, values.values())),
+)
+def test_a_run_is_float32s_run_to_rounding_and_repeats_bit_for_bit(values, lab: Lab, tmp_path):
+    runs = []
+    for name, more in (("exact", {}), ("one", MIXED), ("two", MIXED)):
+        built = lab.federation(tmp_path / name, **values, **more)
+        lines = [progress.line for progress in rounds(built)]
+        runs.append((clients_tensors(built), [line["loss"] for line in lines]))
+    assert_same(runs[1], runs[2])
+    assert runs[1][1] != runs[0][1]
+    assert runs[1][1] == pytest.approx(runs[0][1], rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"model_options__dtype": "bfloat16"}, 'expected a model in float32, got bfloat16; set model_options.dtype = "fl'),
+        ({"method": "full"}, "a backbone that learns is not for bfloat16 products; set it to none"),
+        ({"model_options__mixed_precision": "float16"}, "model_options.mixed_precision: expected"),
+    ],
+)
+def test_what_cannot_be_mixed_is_one_line(values, said, lab: Lab, tmp_path):
+    with pytest.raises(FedtriError) as error:
+        lab.federation(tmp_path, **(MIXED | values))
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
