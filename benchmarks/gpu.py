@@ -68,9 +68,7 @@ def main() -> None:
         for cohort in (1, work.clients):
             with tempfile.TemporaryDirectory() as folder:
                 here = replace(work, folder=str(Path(folder)))
-                found.append(
-                    seconds_of(here, options.repeats, cohort, options.token_budget, options.device, precision)
-                )
+                found.append(seconds_of(here, options.repeats, cohort, options.token_budget, options.device, precision))
         (alone, _), (together, bytes) = found
         print(
             f"| {precision} | {alone:.2f} | {together:.2f} | {alone / together:.2f} | {bytes / 2**20:,.0f} MiB |",

@@ -105,10 +105,10 @@ import os, time, torch
 from fedtri.workers import side_by_side
 torch.set_num_threads(2)
 def job(worker):
-    print(os.getpid(), flush=True)
+    os.write(1, b"%d\\n" % os.getpid())
     while not worker.stop():
         time.sleep(0.01)
-    print("stopped", flush=True)
+    os.write(1, b"stopped\\n")
 try:
     side_by_side([job, job])
 except KeyboardInterrupt:

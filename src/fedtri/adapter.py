@@ -5,6 +5,7 @@ y = (W0 + W0 ∘ s B C A) x (openreview.net/forum?id=TwJrTz9cRS). A dense W, whe
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -68,8 +69,9 @@ class TriLinear(Stacked):
 
     def forward(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_out"]:
         base, slot, simple = self.base, self.routing.single, self.kind == "lora" and not self.dense
-        if slot is not None and simple and type(base) is nn.Linear and x.dtype == self.A.dtype:
-            return self._alone(x, base, slot)
+        # a GPU wants few products, a processor plain ones without copies of each sample's factors
+        if simple and type(base) is nn.Linear and x.dtype == self.A.dtype and (slot is not None or not x.is_cuda):
+            return self._by_client(x, base)
         out = base(x)
         rows = self.routing.rows(x).to(self.A.dtype)
         if self.kind == "hira":
@@ -84,11 +86,13 @@ class TriLinear(Stacked):
             return self._dora(out, update)
         return out + update.reshape(out.shape).to(out.dtype)
 
-    def _alone(self, x: Tensor, base: nn.Linear, slot: int) -> Tensor:
-        """One client's batch as plain matrices."""
-        flat = x.reshape(-1, x.shape[-1])  # (batch · tokens, d_in)
-        args = base.weight, base.bias, self.at("A", slot), self._core_at(slot), self.at("B", slot)
-        return OneClient.apply(flat, *args).view(*x.shape[:-1], -1)  # pyright: ignore
+    def _by_client(self, x: Tensor, base: nn.Linear) -> Tensor:
+        """The batch as one matrix, each client's rows of it through its own factors."""
+        flat, runs = x.reshape(-1, x.shape[-1]), self.routing.runs()  # (batch · tokens, d_in)
+        each = len(flat) // runs[-1][-1]
+        bounds = [(start * each, stop * each) for _, start, stop in runs]
+        factors = [one for slot, _, _ in runs for one in (self.at("A", slot), self._core_at(slot), self.at("B", slot))]
+        return ByClient.apply(flat, base.weight, base.bias, bounds, *factors).view(*x.shape[:-1], -1)  # pyright: ignore
 
     def _core(self) -> Float[Tensor, "batch r r"]:
         """s · C of each sample's client."""
@@ -132,29 +136,46 @@ class TriLinear(Stacked):
         return (tuned if bias is None else tuned + bias).reshape(out.shape).to(out.dtype)
 
 
-class OneClient(torch.autograd.Function):
-    """y = W0 x + b + B C A x of one client: what is added is added in place, forward and backward."""
+class ByClient(torch.autograd.Function):
+    """y = W0 x + b + B C A x, run of rows by run of rows: what is added is added in place, forward and backward."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Float[Tensor, "n d_in"], W0: Tensor, bias: Tensor | None, A: Tensor, C: Tensor, B: Tensor
-    ) -> Float[Tensor, "n d_out"]:
-        h = x @ A.mT
-        z = h @ C.mT
-        ctx.save_for_backward(x, W0, A, C, B, h, z)
-        return product(x, W0, bias).to(x.dtype).addmm_(z, B.mT)
+        ctx: Any, x: Float[Tensor, "n d_in"], W0: Tensor, bias: Tensor | None, bounds: Sequence[tuple[int, int]],
+        *factors: Tensor,
+    ) -> Float[Tensor, "n d_out"]:  # fmt: skip
+        y = product(x, W0, bias).to(x.dtype)
+        between = []
+        for (start, stop), A, C, B in zip(bounds, factors[::3], factors[1::3], factors[2::3], strict=True):
+            h = x[start:stop] @ A.mT
+            z = h @ C.mT
+            y[start:stop].addmm_(z, B.mT)
+            between += [h, z]
+        ctx.bounds = bounds
+        ctx.save_for_backward(x, W0, *factors, *between)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Float[Tensor, "n d_out"]) -> tuple[Tensor | None, ...]:  # pyright: ignore
-        x, W0, A, C, B, h, z = ctx.saved_tensors
-        wants_x, _, _, wants_A, wants_C, wants_B = ctx.needs_input_grad
-        dz = dy @ B
-        dh = dz @ C
-        return (
-            gradient(dy, W0).to(dy.dtype).addmm_(dh, A) if wants_x else None, None, None,
-            dh.mT @ x if wants_A else None, dz.mT @ h if wants_C else None, dy.mT @ z if wants_B else None,
-        )  # fmt: skip
+        x, W0, *saved = ctx.saved_tensors
+        factors, between = saved[: 3 * len(ctx.bounds)], saved[3 * len(ctx.bounds) :]
+        wants_x, wants = ctx.needs_input_grad[0], ctx.needs_input_grad[4:]
+        dx = gradient(dy, W0).to(dy.dtype) if wants_x else None
+        found: list[Tensor | None] = []
+        for run, (start, stop) in enumerate(ctx.bounds):
+            (A, C, B), (h, z) = factors[3 * run : 3 * run + 3], between[2 * run : 2 * run + 2]
+            wants_A, wants_C, wants_B = wants[3 * run : 3 * run + 3]
+            part = dy[start:stop]
+            dz = part @ B
+            dh = dz @ C
+            if dx is not None:
+                dx[start:stop].addmm_(dh, A)
+            found += [
+                dh.mT @ x[start:stop] if wants_A else None, dz.mT @ h if wants_C else None,
+                part.mT @ z if wants_B else None,
+            ]  # fmt: skip
+        return (dx, None, None, None, *found)
 
 
 class StackedLinear(Stacked):

@@ -6,7 +6,7 @@ goes into the backbone, the other unpacks what its last layer gives, before any 
 short texts, and a model whose results differ, or that takes no positions, goes on with padded batches.
 """
 
-import heapq
+import bisect
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -197,10 +197,7 @@ def owner_of_layers(backbone: nn.Module) -> nn.Module | None:
 
 def _lay_out(lengths: Sequence[int], slots: Sequence[int], hidden: int) -> _Rows | None:
     """Rows for texts of these lengths, each row of one slot only; None where no two texts would share a row."""
-    texts_of: dict[int, list[int]] = {}
-    for text, slot in enumerate(slots):
-        texts_of.setdefault(slot, []).append(text)
-    rows = [(slot, row) for slot, texts in texts_of.items() for row in _fill(texts, lengths, hidden)]
+    rows = _deal(lengths, slots, hidden)
     if len(rows) == len(lengths):
         return None
     width = max(sum(lengths[text] for text in row) for _, row in rows)
@@ -218,22 +215,36 @@ def _lay_out(lengths: Sequence[int], slots: Sequence[int], hidden: int) -> _Rows
     return _Rows(texts, positions, source, torch.tensor([slot for slot, _ in rows]))
 
 
-def _fill(texts: Sequence[int], lengths: Sequence[int], hidden: int) -> list[list[int]]:
-    """Texts dealt to rows of nearly equal length, longest first, each to the shortest row.
+def _deal(lengths: Sequence[int], slots: Sequence[int], hidden: int) -> list[tuple[int, list[int]]]:
+    """(slot, texts) of each row, a slot's rows together, of the width that makes their places cheapest.
 
     Few long rows waste no place but cost attention to what lies beside a text, about W / (2 hidden) of all else.
     """
-    order = sorted(texts, key=lambda text: -lengths[text])
-    total, longest = sum(lengths[text] for text in texts), lengths[order[0]]
-    best, least = [[text] for text in texts], float("inf")
-    for count in range(-(-total // max(512, longest)), total // longest + 2):
-        heap = [(0, index) for index in range(min(count, len(texts)))]
-        rows: list[list[int]] = [[] for _ in heap]
-        for text in order:
-            load, index = heap[0]
-            rows[index].append(text)
-            heapq.heapreplace(heap, (load + lengths[text], index))
-        width = max(load for load, _ in heap)
-        if (cost := len(rows) * width * (1 + width / (2 * hidden))) < least:
+    texts_of: dict[int, list[int]] = {}
+    for text in sorted(range(len(slots)), key=lambda text: -lengths[text]):
+        texts_of.setdefault(slots[text], []).append(text)
+    longest = max(lengths)
+    best, least = [(slot, [text]) for text, slot in enumerate(slots)], float("inf")
+    for width in range(longest, longest + min(longest, 64) + 1):
+        rows = [(slot, row) for slot in sorted(texts_of) for row in _fill(texts_of[slot], lengths, width)]
+        used = max(sum(lengths[text] for text in row) for _, row in rows)
+        if (cost := len(rows) * used * (1 + used / (2 * hidden))) < least:
             best, least = rows, cost
     return best
+
+
+def _fill(texts: Sequence[int], lengths: Sequence[int], width: int) -> list[list[int]]:
+    """Texts, longest first, each put into the fullest row that has room for it."""
+    rows: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # of each row, sorted
+    for text in texts:
+        n = lengths[text]
+        fitting = bisect.bisect_left(room, (n, 0))
+        if fitting == len(room):
+            rows.append([])
+            left, row = width, len(rows) - 1
+        else:
+            left, row = room.pop(fitting)
+        rows[row].append(text)
+        bisect.insort(room, (left - n, row))
+    return rows

@@ -16,6 +16,7 @@ class Routing(threading.local):
     def __init__(self) -> None:
         self.slots: Tensor | None = None
         self.single: int | None = None
+        self._runs: list[tuple[int, int, int]] | None = None
         self.packing = False
         """Whether the next batch may be packed."""
         self.pending: Any = None
@@ -33,9 +34,18 @@ class Routing(threading.local):
 
     def set(self, slots: Int[Tensor, "batch"]) -> None:
         """Route sample i of the next batches to the factors in slot slots[i]."""
-        self.slots = slots
+        self.slots, self._runs = slots, None
         first = int(slots[0])
         self.single = first if bool((slots == first).all()) else None
+
+    def runs(self) -> list[tuple[int, int, int]]:
+        """(slot, first sample, one past its last) of each run of samples of one client, in the batch's order."""
+        assert self.slots is not None, "route the batch before the model sees it"
+        if self._runs is None:
+            slots, counts = torch.unique_consecutive(self.slots, return_counts=True)
+            ends = counts.cumsum(0).tolist()
+            self._runs = list(zip(slots.tolist(), [0, *ends[:-1]], ends, strict=True))
+        return self._runs
 
     @contextmanager
     def once_a_client(self, copies: int) -> Iterator[Int[Tensor, "batch"]]:
@@ -50,12 +60,12 @@ class Routing(threading.local):
     @contextmanager
     def routed(self, slots: Int[Tensor, "batch"]) -> Iterator[None]:
         """These slots while it lasts, then what was before."""
-        before = self.slots, self.single
+        before = self.slots, self.single, self._runs
         self.set(slots)
         try:
             yield
         finally:
-            self.slots, self.single = before
+            self.slots, self.single, self._runs = before
 
     def pick(self, stacked: Float[Tensor, "m *shape"]) -> Float[Tensor, "batch *shape"]:
         """Each sample's own slice of a stacked tensor; one broadcast slice when the batch is of one client."""
