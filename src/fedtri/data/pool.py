@@ -45,7 +45,7 @@ class Pool:
     @property
     def labels(self) -> Int[np.ndarray, "rows"] | None:
         """The class of each example; None where an example as a whole has none."""
-        return np.asarray(self.table["label"]) if "label" in self.table.column_names else None
+        return np.asarray(self.table["label"][:]) if "label" in self.table.column_names else None
 
 
 @dataclass(frozen=True)

@@ -68,12 +68,12 @@ def segments(
     if "messages" in columns:
         if not tokenizer.chat_template or template == "plain":
             _refuse(template)
-        talks = [[{k: m[k] for k in ("role", "content")} for m in messages] for messages in table["messages"]]
+        talks = [[{k: m[k] for k in ("role", "content")} for m in messages] for messages in table["messages"][:]]
         return [_turns(tokenizer, talk) for talk in talks], [talk[-1]["content"] for talk in talks]
     if "text" in columns:
-        return [[Segment(text, True, ends=True)] for text in table["text"]], [""] * len(table)
-    responses = list(table["response"])
-    pairs = zip(table["prompt"], responses, strict=True)
+        return [[Segment(text, True, ends=True)] for text in table["text"][:]], [""] * len(table)
+    responses = table["response"][:]
+    pairs = zip(table["prompt"][:], responses, strict=True)
     if chats(tokenizer, template):
         return [_turns(tokenizer, [_said("user", p), _said("assistant", r)]) for p, r in pairs], responses
     return [[Segment(f"{p}\n", False), Segment(r, True, ends=True)] for p, r in pairs], responses

@@ -84,10 +84,10 @@ class TextExamples:
 
 def examples(pool: Pool, tokenizer: PreTrainedTokenizerBase, max_length: int) -> TextExamples:
     """The pool tokenised."""
-    pairs = pool.table["text_pair"] if "text_pair" in pool.table.column_names else None
+    pairs = pool.table["text_pair"][:] if "text_pair" in pool.table.column_names else None
     labels = pool.labels
     assert labels is not None
-    return tokenize(tokenizer, pool.table["text"], pairs, labels, max_length)
+    return tokenize(tokenizer, pool.table["text"][:], pairs, labels, max_length)
 
 
 def tokenize(

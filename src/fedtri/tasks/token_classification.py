@@ -102,7 +102,7 @@ class TaggedTexts:
 
 def examples(pool: Pool, tokenizer: PreTrainedTokenizerBase, max_length: int) -> TaggedTexts:
     """The pool tokenised; words beyond max_length tokens are cut off and not scored."""
-    return tokenize(tokenizer, list(pool.table["tokens"]), list(pool.table["tags"]), max_length)
+    return tokenize(tokenizer, pool.table["tokens"][:], pool.table["tags"][:], max_length)
 
 
 def tokenize(

@@ -154,7 +154,7 @@ def examples(pool: Pool, processor: Processor, max_length: int, template: Templa
 
     Raises FedtriError where nothing of a response is left, a text holds the image token, or an image cannot be read.
     """
-    prompts, responses = list(pool.table["prompt"]), list(pool.table["response"])
+    prompts, responses = pool.table["prompt"][:], pool.table["response"][:]
     for number, texts in enumerate(zip(prompts, responses, strict=True), start=1):
         if any(processor.image in text for text in texts):
             raise FedtriError(
