@@ -69,6 +69,22 @@ def test_a_job_that_fails_stops_the_others_and_says_why(two):
         side_by_side([goes_on, fails])
 
 
+def test_a_worker_that_tells_more_than_is_heard_stops_all_the_same(two):
+    """Seen to hang, in a pipe that was full, where nobody listened any more."""
+
+    def fails(worker: Worker) -> None:
+        raise FedtriError("columns: a reason")
+
+    def talks(worker: Worker) -> None:
+        while not worker.stop():
+            time.sleep(0.01)
+        for _ in range(3000):
+            worker.tell("x" * 400)
+
+    with pytest.raises(FedtriError, match=r"^columns: a reason$"):
+        side_by_side([talks, fails])
+
+
 @pytest.mark.skipif(not FORKS, reason="processes are forked on Linux alone")
 def test_a_process_that_dies_is_one_line():
     torch.set_num_threads(2)
@@ -76,7 +92,7 @@ def test_a_process_that_dies_is_one_line():
     def dies(worker: Worker) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    with pytest.raises(FedtriError, match=r"ended from outside.*OMP_NUM_THREADS=1") as error:
+    with pytest.raises(FedtriError, match=r"ended before its time \(for want of memory.*OMP_NUM_THREADS=1") as error:
         side_by_side([dies, lambda worker: None])
     assert "\n" not in str(error.value)
 

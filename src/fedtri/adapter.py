@@ -34,7 +34,14 @@ class Stacked(nn.Module):
     def of(self, name: str) -> Float[Tensor, "batch *shape"]:
         """Each sample's tensor of this name; one broadcast when the batch is of one client."""
         slot = self.routing.single
-        return self.routing.pick(getattr(self, name)) if slot is None else self.at(name, slot)[None]
+        if slot is not None:
+            return self.at(name, slot)[None]
+        if name not in self.own or getattr(self, name).is_cuda:
+            return self.routing.pick(getattr(self, name))
+        # of the views, since a gradient of the whole stack would reach clients that another thread trains
+        parts = [self.at(name, slot).expand(stop - start, *[-1] * (getattr(self, name).dim() - 1))
+                 for slot, start, stop in self.routing.runs()]  # fmt: skip
+        return torch.cat(parts)
 
     def at(self, name: str, slot: int) -> Float[Tensor, "*shape"]:
         """One client's tensor of this name."""
@@ -89,7 +96,9 @@ class TriLinear(Stacked):
     def _by_client(self, x: Tensor, base: nn.Linear) -> Tensor:
         """The batch as one matrix, each client's rows of it through its own factors."""
         flat, runs = x.reshape(-1, x.shape[-1]), self.routing.runs()  # (batch · tokens, d_in)
-        each = len(flat) // runs[-1][-1]
+        samples = runs[-1][-1]
+        assert len(runs) == 1 or x.shape[0] % samples == 0, f"{tuple(x.shape)} is not of {samples} samples"
+        each = len(flat) // samples
         bounds = [(start * each, stop * each) for _, start, stop in runs]
         factors = [one for slot, _, _ in runs for one in (self.at("A", slot), self._core_at(slot), self.at("B", slot))]
         return ByClient.apply(flat, base.weight, base.bias, bounds, *factors).view(*x.shape[:-1], -1)  # pyright: ignore

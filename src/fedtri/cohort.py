@@ -244,7 +244,7 @@ class Cohort:
 
     @property
     def together(self) -> bool:
-        """Whether clients are to share passes: a GPU wants large ones, a processor's threads one client each.
+        """Whether all clients are to share passes, as a GPU wants it: a processor's cores train clients apart.
 
         bitsandbytes keeps what a pass needs in its layers, so that two threads must not use one.
         """

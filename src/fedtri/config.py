@@ -89,10 +89,13 @@ class EarlyStopping(Strict):
 
 
 class Simulation(Strict):
-    """[simulation]: how many clients share a pass (0: all), and how many padded tokens one micro-batch may have.
+    """[simulation]: how many clients are trained together (0: all), and how many tokens one pass may have.
+
+    Those that are trained together share the cores, and passes as far as the tokens allow. At `cohort` 1 every client
+    has the machine to itself, as on a network, and gets bit for bit what it would get there.
 
     With `transport = "flower-sim"` each client at work has `client_cpus` cores and `client_gpus` of a GPU to itself.
-    1024 tokens keep a micro-batch's activations in a processor's cache; a GPU wants 16384 or more. Where no adapter
+    1024 tokens keep a pass's activations in a processor's cache; a GPU wants 16384 or more. Where no adapter
     stands in the first layers, what leaves them is kept: up to `prefix_budget` MB in memory, more than that in a file
     beside the run, and nothing at all at 0; `prefix_dtype` "auto" is the model's own.
     """

@@ -89,11 +89,11 @@ class _Live:
             "loading model and data", total=config.rounds, completed=len(lines), status="", result=""
         )
         self.sent = sum(_bytes(line) for line in lines)
-        self.current, self.clients, self.passes, self.last = len(lines), 0, 1, 0
+        self.current, self.clients, self.heard = len(lines), 0, 0
 
     def phase(self, round: int, phase: str, clients: Sequence[str]) -> None:
         self.current, self.clients = round, len(clients)
-        self.passes, self.last = 0, 0
+        self.heard = 0
         words = {"sketch": "sketching", "train": "training", "evaluate": "evaluating"}[phase]
         self.progress.update(
             self.bar,
@@ -103,14 +103,12 @@ class _Live:
         )
 
     def step(self, slot: int, step: int, loss: float) -> None:
-        if step <= self.last:
-            self.passes += 1  # the next cohort of this round
-        self.last = step
+        self.heard += 1
         cohort = min(self.cohort or self.clients, self.clients)
-        inside = step / self.steps if self.steps else 0.0
+        clients = self.heard / self.steps if self.steps else 0.0  # as many steps as so many clients take
         begin, end = PHASES["train"]
-        share = min((self.passes + inside) * cohort / self.clients, 1.0)
-        upto = min((self.passes + 1) * cohort, self.clients)
+        share = min(clients / self.clients, 1.0)
+        upto = min((int(clients) // cohort + 1) * cohort, self.clients)
         who = f"{self.clients} clients" if cohort == self.clients else f"client {upto}/{self.clients}"
         of = f"/{self.steps}" if self.steps else ""
         self.progress.update(

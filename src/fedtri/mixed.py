@@ -44,16 +44,17 @@ def _linears(module: nn.Module) -> list[nn.Linear]:
 
 
 def _narrow(model: nn.Module, adapted: set[nn.Module]) -> set[nn.Module]:
-    """The layers with an activation alone between them and a product: wider out than in, and others in their block take
-    that width, none of which is adapted.
+    """The layers with an activation alone between them and a product: the widest of their block, and others in it take
+    that width, none of which is adapted. Attention's may be wider than what enters them, but are not the widest.
     """
     found: set[nn.Module] = set()
     blocks = [block for blocks in model.modules() if isinstance(blocks, nn.ModuleList) for block in blocks]
     for block in blocks:
         linears = _linears(block)
+        widest = max((one.out_features for one in linears), default=0)
         for one in linears:
             takers = [other for other in linears if other.in_features == one.out_features]
-            if one.out_features > one.in_features and takers and not {one, *takers} & adapted:
+            if one.in_features < one.out_features == widest and takers and not {one, *takers} & adapted:
                 found.add(one)
     return found
 

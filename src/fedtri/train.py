@@ -2,9 +2,11 @@
 
 Per step one minibatch a client, sorted by length and cut into micro-batches under a token budget, which are packed
 (packing.py) or padded only to their own longest. A client's loss is the mean over its own minibatch, its gradient
-norm is clipped over its own factors, and its AdamW is its own: what it learns does not depend on who trains beside it.
+norm is clipped over its own factors, and its AdamW is its own: what it learns does not depend, but for rounding, on who
+trains beside it.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -93,8 +95,8 @@ def train(
 ) -> dict[int, float]:
     """Train every client of the cohort for one round; returns each slot's mean training loss over the round.
 
-    `on_step(slot, step, loss)` hears of every client's steps, counted from 1. On a processor clients train apart, side
-    by side on as many cores as PyTorch has threads; on a GPU they share passes.
+    `on_step(slot, step, loss)` hears of every client's steps, counted from 1. On a processor clients train side by
+    side on as many cores as PyTorch has threads, and some of a core's share passes; on a GPU all do.
     """
     cohort.share()
     cohort.train_only(kinds)
@@ -112,7 +114,7 @@ def train(
             for learner in learners.values():
                 learner.zero()
             losses: dict[int, float] = {}
-            for shared in [list(batches)] if cohort.together else _sharing(batches, examples, token_budget):
+            for shared in _sharing(cohort, batches, examples, token_budget):
                 losses |= _backward(cohort, task, examples, {slot: batches[slot] for slot in shared}, token_budget)
             for slot, loss in losses.items():
                 learners[slot].step()
@@ -159,6 +161,8 @@ def evaluate(
         loss, correct = np.zeros(len(pooled)), np.zeros(len(pooled))
         with torch.inference_mode():
             for chosen, scores in _passes(cohort, task, examples, owners, pooled, token_budget):
+                if worker.stop():
+                    break
                 loss[chosen] = scores.loss.double().cpu().numpy()
                 correct[chosen] = scores.correct.double().cpu().numpy()
         result = {}
@@ -196,14 +200,20 @@ def _pool(batches: Mapping[int, Rows]) -> tuple[Rows, Rows]:
     return owners, np.concatenate(list(batches.values())).astype(np.int64)
 
 
-def _sharing(batches: Mapping[int, Rows], examples: Examples, token_budget: int) -> list[list[int]]:
-    """The clients whose minibatches go through the model together: nearly equal groups of no more than the budget.
+def _sharing(cohort: Cohort, batches: Mapping[int, Rows], examples: Examples, token_budget: int) -> list[list[int]]:
+    """The clients whose minibatches go through the model together: all on a GPU; on a processor nearly equal groups of
+    no more than the budget, where texts are packed.
 
-    A larger product is a faster one, until what it leaves no longer fits the processor's cache.
+    A larger product is a faster one, until what it leaves no longer fits the processor's cache. Models that are not
+    packed may take inputs that belong to no example, which clients cannot share.
     """
+    if cohort.together:
+        return [list(batches)]
+    if cohort.packing is None:
+        return [[slot] for slot in batches]
     tokens = [float(examples.lengths[rows].sum()) for rows in batches.values()]
     groups: list[list[int]] = []
-    for count in range(1, len(batches) + 1):
+    for count in range(min(max(1, math.ceil(sum(tokens) / token_budget)), len(batches)), len(batches) + 1):
         groups = _dealt(list(range(len(tokens))), tokens, count)
         if max(sum(tokens[index] for index in group) for group in groups) <= token_budget:
             break
@@ -212,7 +222,7 @@ def _sharing(batches: Mapping[int, Rows], examples: Examples, token_budget: int)
 
 
 def _shares(items: Sequence[T], weights: Sequence[float], cohort: Cohort) -> list[list[T]]:
-    """The items dealt to as many threads as there are; all in one on a GPU."""
+    """The items dealt to as many workers as PyTorch has threads; all in one on a GPU."""
     return _dealt(items, weights, 1 if cohort.together else min(torch.get_num_threads(), len(items)))
 
 

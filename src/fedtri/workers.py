@@ -9,10 +9,11 @@ import ctypes
 import math
 import mmap
 import multiprocessing
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from importlib import import_module
@@ -57,34 +58,44 @@ def side_by_side(jobs: Sequence[Job[T]], heard: Callable[..., None] = lambda *sa
     context = multiprocessing.get_context("fork" if apart else None)
     mail, stopped = context.SimpleQueue(), context.Event()
     worker = Worker(stopped.is_set, lambda *said: mail.put(said))
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else it warns of every fork
     if apart:
         pool, call = ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(jobs, worker)), _numbered
     else:
         pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads // workers,))
         call = lambda number: jobs[number](worker)  # noqa: E731
+    futures: list[Future[T]] = []
     try:
         with pool:
-            futures = [pool.submit(call, number) for number in range(len(jobs))]
             try:
+                futures += (pool.submit(call, number) for number in range(len(jobs)))
                 waiting = set(futures)
                 while waiting:
                     done, waiting = wait(waiting, timeout=HEARING)
-                    while not mail.empty():
-                        heard(*mail.get())
+                    _hear(mail, heard)
                     for future in done:
                         future.result()
             except BaseException:
                 stopped.set()
-                pool.shutdown(cancel_futures=True)
+                waiting = {future for future in futures if not future.cancel()}
+                while waiting:  # a worker that finds its pipe full would never stop
+                    waiting = wait(waiting, timeout=HEARING).not_done
+                    _hear(mail, lambda *said: None)
                 raise
-            return [future.result() for future in futures]
-    except BrokenProcessPool:
+        return [future.result() for future in futures]
+    except BrokenProcessPool as error:
+        why = str(error.__cause__ or "").strip().splitlines()[-1:] or ["for want of memory perhaps"]
         raise FedtriError(
-            f"a process that worked for this one was ended from outside, for want of memory perhaps: {workers} clients "
-            f"had the machine at once; OMP_NUM_THREADS={workers - 1} makes it fewer"
+            f"a process that worked for this one ended before its time ({why[0]}): {workers} shared the machine; "
+            f"OMP_NUM_THREADS={workers - 1} makes it fewer"
         ) from None
     finally:
         torch.set_num_threads(threads)
+
+
+def _hear(mail: Any, heard: Callable[..., None]) -> None:
+    while not mail.empty():
+        heard(*mail.get())
 
 
 def forks() -> bool:
