@@ -301,7 +301,12 @@ def test_the_live_display_counts_rounds_clients_steps_loss_accuracy_and_bytes():
     with display.display(screen, loaded) as shown:
         bar = shown.progress.tasks[0]  # pyright: ignore[reportAttributeAccessIssue]
         shown.phase(0, "train", ["a", "b", "c", "d"])
-        shown.step(0, 4, 0.9)
+        for number in range(1, 5):  # the two of the first cohort, one ahead of the other
+            shown.step(1, number, 0.7)
+        first = bar.completed
+        for number in range(1, 5):
+            shown.step(0, number, 0.9)
+        assert bar.completed > first
         assert bar.fields["status"] == "client 2/4  step 4/4  loss 0.900"
         first = bar.completed
         shown.step(1, 1, 0.8)  # the second cohort

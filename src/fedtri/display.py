@@ -105,10 +105,10 @@ class _Live:
     def step(self, slot: int, step: int, loss: float) -> None:
         self.heard += 1
         cohort = min(self.cohort or self.clients, self.clients)
-        clients = self.heard / self.steps if self.steps else 0.0  # as many steps as so many clients take
+        each = self.steps or float("inf")
         begin, end = PHASES["train"]
-        share = min(clients / self.clients, 1.0)
-        upto = min((int(clients) // cohort + 1) * cohort, self.clients)
+        share = min(self.heard / each / self.clients, 1.0)
+        upto = min((int((self.heard - 1) / each) // cohort + 1) * cohort, self.clients)
         who = f"{self.clients} clients" if cohort == self.clients else f"client {upto}/{self.clients}"
         of = f"/{self.steps}" if self.steps else ""
         self.progress.update(

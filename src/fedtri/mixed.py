@@ -51,11 +51,11 @@ def _narrow(model: nn.Module, adapted: set[nn.Module]) -> set[nn.Module]:
     blocks = [block for blocks in model.modules() if isinstance(blocks, nn.ModuleList) for block in blocks]
     for block in blocks:
         linears = _linears(block)
-        widest = max((one.out_features for one in linears), default=0)
-        for one in linears:
-            takers = [other for other in linears if other.in_features == one.out_features]
-            if one.in_features < one.out_features == widest and takers and not {one, *takers} & adapted:
-                found.add(one)
+        wider = [one for one in linears if one.out_features > one.in_features]
+        taken = {one.in_features for one in linears} & {one.out_features for one in wider}
+        widest = max(taken, default=0)
+        takers = {one for one in linears if one.in_features == widest}
+        found |= {one for one in wider if one.out_features == widest and not {one, *takers} & adapted}
     return found
 
 
