@@ -36,7 +36,7 @@ check: install  ## formatting, lint, types, and the one-way imports of the desig
 bench: install  ## a 3-minute version of all benchmarks; DATA=PATH takes SST-2 in place of the embedded texts
 	for name in aggregation server_scale report_page; do $(BIN)/python benchmarks/$$name.py --quick || exit; done
 	$(BIN)/python benchmarks/network_bytes.py
-	for name in simulation population overheads; do $(BIN)/python benchmarks/$$name.py --quick --data $(DATA) || exit; done
+	for name in simulation population overheads gpu; do $(BIN)/python benchmarks/$$name.py --quick --data $(DATA) || exit; done
 
 format: install  ## put the code in shape
 	$(BIN)/ruff format .

@@ -259,7 +259,9 @@ def main() -> None:
         above = f"last {options.last} layers"
         if options.only != "last":
             crew = [Contender(kind, kind, work) for kind in kinds]
-            crew += [in_bfloat16(one) for one in crew if one.kind != PEFT]
+            crew += [
+                in_bfloat16(one) for one in crew if one.kind == FEDTRI or (one.kind == FLOWER and not options.quick)
+            ]
             lines += competition("Adapters on all layers", crew, options.repeats)
         if options.only != "all":
             if options.quick:
