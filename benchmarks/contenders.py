@@ -95,7 +95,7 @@ def prepare(work: Work) -> list[int]:
     return [int(sum(examples.lengths[rows].sum() for steps in clients_ for rows in steps)) for clients_ in rounds]
 
 
-ROUNDS = 16
+ROUNDS = 20
 """For how many rounds `prepare` lays out the minibatches."""
 
 

@@ -4,12 +4,15 @@
     python benchmarks/simulation.py --data PATH/TO/GLUE/SST-2 --quick        # fewer steps and rounds
 
 The work: MiniLM, LoRA of rank 8 on query and value of all layers, 10 clients × 10 steps × 16 SST-2 sentences a round.
-Each contender is a process of its own and takes its turn, round by round, while the others are suspended, with all that
-they started; the machine's matrix-product rate is measured between them. The mean losses of all rounds must agree, else
-the script fails: then the work was not the same. "of the limit" counts real tokens only, each a forward pass and the
-gradient of every activation through the frozen layers (2 · 2 · parameters), against that rate, which is float32's. Core
-seconds are those in which a core worked for the contender: on a machine that others use too they tell more than the
-clock. "bfloat16" has products alone in it: fedtri's mixed precision, and torch.autocast around PEFT's forward pass.
+Each contender is a process of its own and takes its turn while the others are suspended, with all that they started;
+the machine's matrix-product rate is measured between turns. A turn is three rounds on end, as a federation's are: the
+first is told apart ("after others"), since it meets memory that the machine took back meanwhile; the other two count.
+The mean losses of all rounds must agree, else the script fails: then the work was not the same. "of the limit" counts
+real tokens only, each a forward pass and the gradient of every activation through the frozen layers
+(2 · 2 · parameters), against that rate, which is float32's; products that a contender finds it can leave out count as
+done. Core seconds are those in which a core worked for the contender: on a machine that others use too they tell more
+than the clock. "bfloat16" has products alone in it: fedtri's mixed precision, and torch.autocast around PEFT's forward
+pass.
 
 A second competition has adapters on the last layers alone and so few texts that each has been met before: fedtri begins
 with the hidden states it has kept. Its ratios are to the work with adapters on all layers.
@@ -37,6 +40,8 @@ ATOL = 2e-3
 """How far the mean losses of a round may lie apart after several rounds in float32; after the first, a tenth."""
 MIXED_ATOL = 1e-2
 """How far those with bfloat16 products may lie from the others."""
+COUNTED = 2
+"""How many rounds of a turn count, after the first."""
 PACKAGES = ("torch", "transformers", "peft", "flwr", "ray", "numpy")
 
 
@@ -51,9 +56,13 @@ class Contender:
     kind: str
     work: Work
     seconds: list[float] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)
+    """Of the rounds that count."""
     worked: list[float] = field(default_factory=list)
-    """Seconds that cores worked for it in each round, the first ones too."""
+    """Seconds that cores worked for it in each of them."""
+    after: list[float] = field(default_factory=list)
+    """Seconds of the first round of each turn."""
+    losses: list[float] = field(default_factory=list)
+    """Of all rounds."""
     first: float = 0.0
     """Seconds from its start to the end of its first round."""
     bytes: int = 0
@@ -64,19 +73,25 @@ class Contender:
         self.process = mp.get_context("spawn").Process(target=serve, args=(self.kind, self.work, theirs))
         self.process.start()
 
-    def turn(self) -> float:
-        """Seconds of one round."""
+    def turn(self) -> None:
+        """Three rounds on end, of which the last two count."""
         assert self.process.pid is not None
         machine.resume(self.process.pid)
-        before = machine.cpu_seconds(self.process.pid)
+        self.after.append(self.round())
+        for _ in range(COUNTED):
+            before = machine.cpu_seconds(self.process.pid)
+            self.seconds.append(self.round())
+            self.worked.append(machine.cpu_seconds(self.process.pid) - before)
+        machine.suspend(self.process.pid)
+
+    def round(self) -> float:
+        """Seconds of one round."""
         self.pipe.send(True)
         while not self.pipe.poll(1):
             if not self.process.is_alive():
                 raise SystemExit(f"{self.name}: ended in mid-round; what it said stands above")
         seconds, loss = self.pipe.recv()
         self.losses.append(loss)
-        self.worked.append(machine.cpu_seconds(self.process.pid) - before)
-        machine.suspend(self.process.pid)
         return seconds
 
     def stop(self) -> None:
@@ -128,29 +143,31 @@ class Found:
     threads: int
 
 
-def compete(crew: list[Contender], repeats: int, tokens: Sequence[int], hidden: int, inner: int) -> Found:
-    """All contenders in turn: a first round apiece with memory watched, one to warm up, then `repeats` that count."""
+def compete(crew: list[Contender], turns: int, tokens: Sequence[int], hidden: int, inner: int) -> Found:
+    """Two rounds of each with memory watched, then all contenders in turn, so many times."""
     rates = []
     try:
         for one in crew:
             one.start()
             assert one.process.pid is not None
             with machine.peak_memory(one.process.pid) as peak:
-                one.first = one.turn()
-                one.turn()
+                one.first = one.round()
+                one.round()
                 one.bytes = peak()
+            machine.suspend(one.process.pid)
             print(f"{one.name}: first round {one.first:.1f} s", file=sys.stderr, flush=True)
-        for repeat in range(repeats):
+        for turn in range(turns):
             rates.append(machine.matrix_rate(hidden, inner, threads=crew[0].work.threads))
-            for one in crew if repeat % 2 == 0 else crew[::-1]:
-                one.seconds.append(one.turn())
+            for one in crew if turn % 2 == 0 else crew[::-1]:
+                one.turn()
             print(", ".join(f"{one.name} {one.seconds[-1]:.2f} s" for one in crew), file=sys.stderr, flush=True)
     finally:
         for one in crew:
             one.stop()
     same_work(crew)
     rate, working = (statistics.median(values) for values in zip(*rates, strict=True))
-    return Found(crew, rate, working, tokens[2 : 2 + repeats], crew[0].work.threads)
+    counted = [count for at, count in enumerate(tokens[2:]) if at % (1 + COUNTED)][: turns * COUNTED]
+    return Found(crew, rate, working, counted, crew[0].work.threads)
 
 
 def same_work(crew: Sequence[Contender]) -> None:
@@ -172,17 +189,18 @@ def rows(found: Found, flop: float) -> list[str]:
     crew, tokens = found.crew, statistics.mean(found.tokens)
     base = next((one for one in crew if one.kind == FLOWER), next(one for one in crew[::-1] if not one.work.mixed))
     lines = [
-        f"| | s a round | (fastest, slowest) | real tokens/s | × {base.name} | of the limit | core seconds | × | "
-        "of the limit | peak memory |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        f"| | s a round | (fastest, slowest) | after others | real tokens/s | × {base.name} | of the limit "
+        "| core seconds | × | of the limit | peak memory |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for one in crew:
-        seconds, worked = statistics.median(one.seconds), statistics.median(one.worked[2:])
+        seconds, worked = statistics.median(one.seconds), statistics.median(one.worked)
         faster = statistics.median(b / s for b, s in zip(base.seconds, one.seconds, strict=True))
-        lighter = statistics.median(b / s for b, s in zip(base.worked[2:], one.worked[2:], strict=True))
+        lighter = statistics.median(b / s for b, s in zip(base.worked, one.worked, strict=True))
+        speed = tokens / seconds
         lines.append(
             f"| {one.name} | {seconds:.2f} | ({min(one.seconds):.2f}, {max(one.seconds):.2f}) "
-            f"| {tokens / seconds:,.0f} | {faster:.2f} | {tokens * flop / seconds / found.rate:.0%} "
+            f"| {statistics.median(one.after):.2f} | {speed:,.0f} | {faster:.2f} | {speed * flop / found.rate:.0%} "
             f"| {worked:.2f} | {lighter:.2f} "
             f"| {tokens * flop / worked / found.working * found.threads:.0%} | {one.bytes / 2**20:,.0f} MiB |"
         )
@@ -206,7 +224,7 @@ def setup(works: Sequence[Work], pipe: Connection) -> None:
     pipe.send((tokens[0], *flop_a_token(works[0])))
 
 
-def competition(title: str, crew: list[Contender], repeats: int) -> list[str]:
+def competition(title: str, crew: list[Contender], turns: int) -> list[str]:
     """One competition's text: what was done, and its table."""
     works = list(dict.fromkeys(replace(one.work, mixed=False) for one in crew))
     ours, theirs = mp.Pipe()
@@ -214,13 +232,13 @@ def competition(title: str, crew: list[Contender], repeats: int) -> list[str]:
     process.start()
     tokens, flop, hidden, inner = ours.recv()
     process.join()
-    found, work = compete(crew, repeats, tokens, hidden, inner), works[0]
+    found, work = compete(crew, turns, tokens, hidden, inner), works[0]
     return [
         f"## {title}\n",
         f"{work.clients} clients × {work.steps} steps × {work.batch_size}, {statistics.mean(found.tokens):,.0f} real "
-        f"tokens a round, {flop / 1e6:.1f} MFLOP each through all layers; medians of {repeats} rounds; matrix products "
-        f"{found.rate / 1e9:.0f} GFLOP/s on {work.threads} threads by the clock, {found.working / 1e9:.0f} by core "
-        "seconds\n",
+        f"tokens a round, {flop / 1e6:.1f} MFLOP each through all layers; medians of {turns * COUNTED} rounds; matrix "
+        f"products {found.rate / 1e9:.0f} GFLOP/s on {work.threads} threads by the clock, "
+        f"{found.working / 1e9:.0f} by core seconds\n",
         *rows(found, flop),
         "",
     ]
@@ -231,8 +249,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="SST-2's folder in GLUE's layout, or any data fedtri reads")
     parser.add_argument("--model", default="minilm", help="a BERT-like encoder; the reference is minilm")
-    parser.add_argument("--quick", action="store_true", help="4 clients of 3 steps, 3 rounds; Flower in the first")
-    parser.add_argument("--repeats", type=int, default=7, help="timed rounds of each")
+    parser.add_argument("--quick", action="store_true", help="4 clients of 3 steps, one turn; Flower in the first")
+    parser.add_argument("--turns", type=int, default=3, help="of each, two rounds that count in each")
     parser.add_argument("--without", action="append", default=[], choices=[FLOWER, PEFT], help="leave a contender out")
     parser.add_argument("--last", type=int, default=2, help="adapters on so many last layers in the second competition")
     parser.add_argument("--only", choices=["all", "last"], help="one of the two competitions")
@@ -250,7 +268,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         work = Work(options.data, str(Path(folder) / "all"), model=options.model)
         if options.quick:
-            work, options.repeats = replace(work, clients=4, steps=3, limit=1000), min(options.repeats, 3)
+            work, options.turns = replace(work, clients=4, steps=3, limit=1000), min(options.turns, 1)
         few = replace(work, folder=str(Path(folder) / "few"), limit=24 * work.steps * work.clients)
         last = replace(few, folder=str(Path(folder) / "last"), layers=f"last:{options.last}")
         for one in (work, few, last):
@@ -262,14 +280,14 @@ def main() -> None:
             crew += [
                 in_bfloat16(one) for one in crew if one.kind == FEDTRI or (one.kind == FLOWER and not options.quick)
             ]
-            lines += competition("Adapters on all layers", crew, options.repeats)
+            lines += competition("Adapters on all layers", crew, options.turns)
         if options.only != "all":
             if options.quick:
                 kinds = [kind for kind in kinds if kind != FLOWER]
             crew = [Contender(f"{kind}, all layers", kind, few) for kind in kinds if kind == FLOWER]
             crew += [Contender(f"{kind}, {above}", kind, last) for kind in kinds]
             crew += [in_bfloat16(one) for one in crew if one.kind == FEDTRI]
-            lines += competition(f"Adapters on the {above}, all texts met before", crew, options.repeats)
+            lines += competition(f"Adapters on the {above}, all texts met before", crew, options.turns)
     print("\n".join(lines))
     if options.out:
         options.out.write_text("\n".join(lines).rstrip() + "\n")

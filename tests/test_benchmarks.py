@@ -16,7 +16,7 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
 SMALLEST = {
     "aggregation": ["--quick", "--repeats", "1"],
     "server_scale": ["--quick"],
-    "simulation": ["--quick", "--repeats", "1", "--last", "1", "--only", "last", "--without", "Flower + PEFT"],
+    "simulation": ["--quick", "--turns", "1", "--last", "1", "--only", "last", "--without", "Flower + PEFT"],
     "population": ["--clients", "3", "6", "--sampled", "3"],
     "overheads": ["--quick"],
     "report_page": ["--quick", "--repeats", "1"],

@@ -1,6 +1,5 @@
 """Packed rows give what padded batches give, on every architecture that takes them, and never mix clients or texts."""
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -9,7 +8,7 @@ from hypothesis import strategies as st
 from fedtri import models, packing
 from fedtri.cohort import Cohort
 from fedtri.factors import initial_factors
-from fedtri.packing import _lay_out
+from fedtri.packing import _dealt, _dealt_by_slot
 from fedtri.routing import Routing
 from tiny import SIZES, classifier
 
@@ -19,8 +18,9 @@ PACKED = {"bert", "roberta", "distilbert", "gpt2", "llama", "mistral", "qwen2", 
 """MPNet has biases by distance of its own, so it goes on with padded batches."""
 
 
-def cohort_of(kind: str, targets: str = "auto", layers: str = "all") -> Cohort:
+def cohort_of(kind: str, targets: str = "auto", layers: str = "all", attention: str = "sdpa") -> Cohort:
     model = classifier(kind).double()
+    model.set_attn_implementation(attention)
     head = models.initial_head(model, models.head_layers(model), set(), 0)
     on = Cohort(
         model, targets=models.find_targets(model, targets, layers), head=models.head_layers(model), clients=2, rank=2
@@ -43,19 +43,55 @@ def batch(side: str = "right") -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
+def logits_and_gradients(on: Cohort, pack: bool) -> list[torch.Tensor]:
+    on.train_only(frozenset("ACBH"))
+    on.route(SLOTS, pack=pack)
+    logits = on.model(**batch()).logits
+    (logits * torch.arange(1.0, 4.0)).sum().backward()
+    return [logits.detach(), *(on.stacked(key).grad.clone() for key in on.layout.keys(frozenset("ACBH")))]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("kind", sorted(SIZES))
-def test_packed_rows_give_the_padded_batchs_logits_and_gradients(kind):
-    """Two clients, six texts. Seen to fail without the mask, without positions, and with clients sharing rows."""
-    on = cohort_of(kind)
+def test_packed_texts_give_the_padded_batchs_logits_and_gradients(kind, attention):
+    """Two clients, six texts, end to end and in rows. Seen to fail without the mask, without positions, and with
+    clients sharing rows.
+    """
+    if kind == "mpnet" and attention == "sdpa":
+        attention = "eager"  # it has no other
+    on = cohort_of(kind, attention=attention)
     assert (on.packing is not None) == (kind in PACKED)
-    found = []
-    for pack in (False, True):
-        on.train_only(frozenset("ACBH"))
-        on.route(SLOTS, pack=pack)
-        logits = on.model(**batch()).logits
-        (logits * torch.arange(1.0, 4.0)).sum().backward()
-        found.append([logits.detach(), *(on.stacked(key).grad.clone() for key in on.layout.keys(frozenset("ACBH")))])
-    torch.testing.assert_close(found[0], found[1], atol=1e-10, rtol=1e-9)
+    if on.packing is not None:
+        assert on.packing.end_to_end == (attention == "sdpa")
+    torch.testing.assert_close(
+        logits_and_gradients(on, False), logits_and_gradients(on, True), atol=1e-10, rtol=1e-9
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+@pytest.mark.parametrize("way", ["filled up", "fused kernel"])
+def test_nor_do_tokens_that_nobody_reads_or_wide_rows_change_them(kind, way, monkeypatch):
+    """37 tokens filled up to 64, and the path of rows that are too wide to write attention out. Seen to fail without
+    the scale in one gradient, and with tokens routed in another order.
+    """
+    on = cohort_of(kind)
+    padded = logits_and_gradients(on, False)
+    on.packing.multiple = 64 if way == "filled up" else 1
+    monkeypatch.setattr("fedtri.attention.WRITTEN_OUT", 96 if way == "filled up" else 0)
+    torch.testing.assert_close(padded, logits_and_gradients(on, True), atol=1e-10, rtol=1e-9)
+
+
+def test_texts_longer_than_a_layer_looks_are_not_packed():
+    """A decoder whose layers look at the last 8 tokens, texts of up to 12. Seen to fail without asking for it."""
+    model = classifier("mistral", sliding_window=8).double()
+    assert model.config.sliding_window == 8
+    routing = Routing()
+    assert packing.prepare(model, routing) is not None
+    routing.set(torch.zeros(6, dtype=torch.long))
+    with torch.no_grad():
+        padded = model(**batch()).logits
+        routing.packing = True
+        torch.testing.assert_close(model(**batch()).logits, padded)
 
 
 def test_padding_may_stand_on_either_side():
@@ -84,20 +120,36 @@ def test_a_model_whose_results_differ_goes_on_padded():
     assert not model.bert.encoder._forward_hooks
 
 
+def lies_in_one_row(rows: packing._Rows, text: int, lengths: list[int]) -> int:
+    """The row in which a text lies, from one place to the next."""
+    where, n, start = torch.nonzero(rows.texts == text), lengths[text], sum(lengths[:text])
+    assert len(where) == n
+    (row,) = set(where[:, 0].tolist())
+    assert torch.equal(where[:, 1], torch.arange(n) + where[0, 1])
+    assert torch.equal(rows.positions[rows.texts == text], torch.arange(n))
+    assert torch.equal(rows.source[rows.texts == text], torch.arange(start, start + n))
+    assert torch.equal(rows.places[start : start + n], where[:, 0] * rows.texts.shape[1] + where[:, 1])
+    return row
+
+
 @given(st.lists(st.tuples(st.integers(1, 70), st.integers(0, 3)), min_size=2, max_size=40), st.sampled_from([16, 384]))
 def test_every_text_lies_whole_in_one_row_of_its_own_client(texts, hidden):
-    """And no row is longer than the longest text needs by more than rows cost. Seen to fail with rows of any client."""
+    """And there are fewer rows than texts. Seen to fail with rows of any client."""
     lengths, slots = [n for n, _ in texts], [slot for _, slot in texts]
-    rows = _lay_out(lengths, slots, hidden)
-    if rows is None:
+    found = _dealt_by_slot(lengths, slots, hidden)
+    if found is None:
         return
-    assert len(rows.texts) < len(texts)
-    starts = np.concatenate([[0], np.cumsum(lengths)])
-    for text, (n, slot) in enumerate(texts):
-        where = torch.nonzero(rows.texts == text)
-        assert len(where) == n
-        (row,) = set(where[:, 0].tolist())
-        assert rows.owners[row] == slot
-        assert torch.equal(where[:, 1], torch.arange(n) + where[0, 1])
-        assert torch.equal(rows.positions[rows.texts == text], torch.arange(n))
-        assert torch.equal(rows.source[rows.texts == text], torch.arange(starts[text], starts[text] + n))
+    rows, owners = found
+    assert len(owners) == len(rows.texts) < len(texts)
+    for text, slot in enumerate(slots):
+        assert owners[lies_in_one_row(rows, text, lengths)] == slot
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=40))
+def test_attentions_rows_hold_every_text_whole_and_suit_the_processor(lengths):
+    """Of any length. Seen to fail with the width that texts fill instead of the next multiple."""
+    rows = _dealt(lengths)
+    assert rows.texts.shape[1] % 16 == 0
+    assert int((~rows.empty).sum()) == sum(lengths) == len(rows.places)
+    for text in range(len(lengths)):
+        lies_in_one_row(rows, text, lengths)

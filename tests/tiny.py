@@ -69,11 +69,11 @@ SIZES: dict[str, dict[str, Any]] = {
 DECODERS = {"gpt2", "llama", "mistral", "qwen2", "gpt_neox"}
 
 
-def classifier(kind: str, *, labels: int = 3, seed: int = 0) -> torch.nn.Module:
+def classifier(kind: str, *, labels: int = 3, seed: int = 0, **more: Any) -> torch.nn.Module:
     """A sequence classifier of this architecture: two layers, 16 wide, random weights large enough to matter."""
     special = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
     shape = AutoConfig.for_model(
-        kind, vocab_size=len(VOCABULARY), num_labels=labels, initializer_range=0.3, **special, **SIZES[kind]
+        kind, vocab_size=len(VOCABULARY), num_labels=labels, initializer_range=0.3, **special, **SIZES[kind], **more
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -60,6 +60,7 @@ class TriLinear(Stacked):
         weight: Tensor = base.weight  # pyright: ignore[reportAssignmentType]
         like = {"dtype": precision(weight), "device": weight.device}
         self.base = base
+        self._plain = type(base) is nn.Linear and weight.dtype == like["dtype"]
         self.A = nn.Parameter(torch.zeros(clients, rank, d_in, **like))
         self.C = nn.Parameter(torch.zeros(clients, rank, rank // heads, **like))
         self.B = nn.Parameter(torch.zeros(clients, d_out, rank, **like))
@@ -74,12 +75,16 @@ class TriLinear(Stacked):
         self.squares: Tensor
         self.register_buffer("scale", torch.zeros(clients, **like), persistent=False)
 
+    @property
+    def by_client(self) -> bool:
+        """Whether each client's part of a batch can go through its own factors, with the frozen layer, in one step."""
+        return self._plain and self.kind == "lora" and not self.dense
+
     def forward(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_out"]:
-        base, slot, simple = self.base, self.routing.single, self.kind == "lora" and not self.dense
         # a GPU wants few products, a processor plain ones without copies of each sample's factors
-        if simple and type(base) is nn.Linear and x.dtype == self.A.dtype and (slot is not None or not x.is_cuda):
-            return self._by_client(x, base)
-        out = base(x)
+        if self.by_client and (self.routing.single is not None or not x.is_cuda):
+            return self._by_client(x)
+        out = self.base(x)
         rows = self.routing.rows(x).to(self.A.dtype)
         if self.kind == "hira":
             update = self.routing.each(rows, self._hira)
@@ -93,15 +98,17 @@ class TriLinear(Stacked):
             return self._dora(out, update)
         return out + update.reshape(out.shape).to(out.dtype)
 
-    def _by_client(self, x: Tensor, base: nn.Linear) -> Tensor:
+    def _by_client(self, x: Tensor) -> Tensor:
         """The batch as one matrix, each client's rows of it through its own factors."""
         flat, runs = x.reshape(-1, x.shape[-1]), self.routing.runs()  # (batch · tokens, d_in)
         samples = runs[-1][-1]
-        assert len(runs) == 1 or x.shape[0] % samples == 0, f"{tuple(x.shape)} is not of {samples} samples"
+        whole = x.shape[0] % samples == 0 or x.shape[:-1] == (1, samples)  # a token a sample in one row of texts
+        assert len(runs) == 1 or whole, f"{tuple(x.shape)} is not of {samples} samples"
         each = len(flat) // samples
         bounds = [(start * each, stop * each) for _, start, stop in runs]
         factors = [one for slot, _, _ in runs for one in (self.at("A", slot), self._core_at(slot), self.at("B", slot))]
-        return ByClient.apply(flat, base.weight, base.bias, bounds, *factors).view(*x.shape[:-1], -1)  # pyright: ignore
+        y = ByClient.apply(flat, self.base.weight, self.base.bias, bounds, *factors)
+        return y.view(*x.shape[:-1], -1)  # pyright: ignore
 
     def _core(self) -> Float[Tensor, "batch r r"]:
         """s · C of each sample's client."""

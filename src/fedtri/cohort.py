@@ -89,11 +89,13 @@ class Cohort:
             model.set_submodule(name, StackedLinear(base, clients, self.routing))
         beside = "".join(f for f in "SMW" if f in extra or (f == "M" and kind == "dora"))
         self.layout = Layout(tuple(layers), tuple(head_shapes), backbone, beside, heads)
-        self.packing = packing.prepare(model, self.routing)
+        self.packing = packing.prepare(model, self.routing, in_rows=self.together)
         self.trim = trim.prepare(model, self.routing)
         self.prefix = prefix.prepare(model, targets, self.routing)
         if mixed_precision:  # last, since what packing and its like try goes by float32's rounding
             mixed.prepare(model, [self.layer(layer.name).base for layer in layers])
+            if self.packing is not None and not self.together:
+                self.packing.multiple = mixed.ROWS
         self._recomputation = Recomputation(model, self.routing) if checkpointing else None
 
     def _open(
@@ -249,6 +251,13 @@ class Cohort:
         bitsandbytes keeps what a pass needs in its layers, so that two threads must not use one.
         """
         return self.device.type != "cpu" or bool(self._quantised)
+
+    @property
+    def sharing(self) -> bool:
+        """Whether several clients' texts can go through the model in one pass at no client's cost."""
+        if self.packing is None:  # such models may take inputs that belong to no example, and so to no client
+            return False
+        return not self.packing.end_to_end or all(self.layer(one.name).by_client for one in self.layout.layers)
 
     def route(
         self,

@@ -1,9 +1,10 @@
-"""Texts end to end instead of padded: a model's layers see rows that hold several short texts of one client each.
+"""Texts end to end instead of padded: a model's matrix products see (almost) real tokens only.
 
-A row of width W holds texts one after the other, each with positions from its own start and a mask that keeps it to
-itself, so every matrix product sees (almost) real tokens only. Two hooks do it, and nobody else knows: one packs what
-goes into the backbone, the other unpacks what its last layer gives, before any head. `prepare` tries a model on two
-short texts, and a model whose results differ, or that takes no positions, goes on with padded batches.
+Where attention is ours (attention.py) all texts of a batch lie in one row, and attention alone knows them apart. Where
+it is not, a row holds several short texts of one client, with a mask that keeps each to itself. Each text has positions
+from its own start. Two hooks do it, and nobody else knows: one packs what goes into the backbone, the other unpacks
+what its last layer gives, before any head. `prepare` tries a model on three short texts, and a model whose results
+differ, or that takes no positions, goes on with padded batches.
 """
 
 import bisect
@@ -15,20 +16,33 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
+from fedtri import attention
+from fedtri.attention import TextRows
 from fedtri.routing import Routing
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """Where the texts of a padded batch lie in packed rows."""
+    """Texts laid into rows."""
 
     texts: Int[Tensor, "rows width"]
     """Which text a place holds; -1 for none."""
     positions: Int[Tensor, "rows width"]
     source: Int[Tensor, "rows width"]
-    """Which real token, counted in the batch's own order, a place holds; 0 where it holds none."""
-    owners: Int[Tensor, "rows"]
+    """Which token, counted text by text, a place holds; 0 where it holds none."""
+    places: Int[Tensor, "tokens"]
+    """In which place, of all rows end to end, each token is."""
+
+    def to(self, device: torch.device) -> "_Rows":
+        """The same on this device."""
+        return _Rows(*(value.to(device) for value in vars(self).values()))
+
+    @property
+    def empty(self) -> Bool[Tensor, "rows width"]:
+        """The places that hold no token."""
+        return self.texts < 0
 
 
 @dataclass(frozen=True)
@@ -45,9 +59,11 @@ class _Pending:
 class Packing:
     """The two hooks on one model."""
 
-    def __init__(self, backbone: nn.Module, owner: nn.Module, routing: Routing) -> None:
-        self.routing = routing
+    def __init__(self, backbone: nn.Module, owner: nn.Module, routing: Routing, *, end_to_end: bool) -> None:
+        self.routing, self.end_to_end = routing, end_to_end
         self.causal, self.first_position = False, 0
+        self.multiple = 1
+        """To what number of tokens texts that lie end to end are filled up, by one more text that nobody reads."""
         self._names = list(inspect.signature(backbone.forward).parameters)
         self._hooks = [
             backbone.register_forward_pre_hook(self._pack, with_kwargs=True),
@@ -66,27 +82,51 @@ class Packing:
             return None
         if given.get("position_ids") is not None or given.get("past_key_values") is not None:
             return None
-        real = mask.bool()
-        slots = self.routing.slots
-        assert slots is not None
-        lengths = real.sum(1)
-        rows = _lay_out(lengths.tolist(), slots.tolist(), module.config.hidden_size)  # pyright: ignore
-        if rows is None:
+        if int(mask.sum(1).max()) > _window(module):  # each layer would look further than it does in a padded batch
             return None
-        rows = _Rows(*(value.to(ids.device) for value in vars(rows).values()))
-        empty = rows.texts < 0
-        for name, value in given.items():
-            if isinstance(value, Tensor) and value.shape == ids.shape and name != "attention_mask":
-                given[name] = value[real][rows.source].masked_fill(empty, 0)
-        given["position_ids"] = rows.positions + self.first_position
-        given["attention_mask"] = self._mask(rows, next(module.parameters()).dtype)
         if "use_cache" in self._names:
             given["use_cache"] = False
-        places = torch.empty(int(real.sum()), dtype=torch.long, device=ids.device)
-        places[rows.source[~empty]] = torch.nonzero(~empty.flatten())[:, 0]
-        self.routing.set(rows.owners)
-        self.routing.pending = _Pending(real, places, slots, places[lengths.cumsum(0) - lengths])
-        return (), given
+        real = mask.bool()
+        lay = self._end_to_end if self.end_to_end else self._in_rows
+        return ((), given) if lay(module, given, ids.shape, real, real.sum(1).tolist()) else None
+
+    def _end_to_end(
+        self, module: nn.Module, given: dict[str, Any], shape: torch.Size, real: Tensor, lengths: list[int]
+    ) -> bool:
+        """All texts in one row, in the batch's order; attention is told in which rows it is to lay them."""
+        total, slots, device = sum(lengths), self.routing.slots, real.device
+        assert slots is not None
+        fill = -total % self.multiple
+        rows = _dealt(lengths + [fill] * (fill > 0)).to(device)
+        for name in _by_token(given, shape):
+            given[name] = pad(given[name][real][None], (0, fill))
+        given["position_ids"] = rows.positions.flatten()[rows.places][None] + self.first_position
+        given["attention_mask"] = mask = self._mask(rows, next(module.parameters()).dtype)
+        given["text_rows"] = TextRows(rows.source, rows.places, mask)
+        counts = torch.tensor(lengths, device=device)
+        owners = slots.repeat_interleave(counts)
+        self.routing.set(torch.cat([owners, owners[-1:].expand(fill)]))
+        self.routing.pending = _Pending(real, torch.arange(total, device=device), slots, counts.cumsum(0) - counts)
+        return True
+
+    def _in_rows(
+        self, module: nn.Module, given: dict[str, Any], shape: torch.Size, real: Tensor, lengths: list[int]
+    ) -> bool:
+        """Texts in rows of one client each; not where no two would share a row."""
+        slots, device = self.routing.slots, real.device
+        assert slots is not None
+        found = _dealt_by_slot(lengths, slots.tolist(), module.config.hidden_size)  # pyright: ignore
+        if found is None:
+            return False
+        rows, owners = found[0].to(device), torch.tensor(found[1], device=device)
+        for name in _by_token(given, shape):
+            given[name] = given[name][real][rows.source].masked_fill(rows.empty, 0)
+        given["position_ids"] = rows.positions + self.first_position
+        given["attention_mask"] = self._mask(rows, next(module.parameters()).dtype)
+        counts = torch.tensor(lengths, device=device)
+        self.routing.set(owners)
+        self.routing.pending = _Pending(real, rows.places, slots, rows.places[counts.cumsum(0) - counts])
+        return True
 
     def _mask(self, rows: _Rows, dtype: torch.dtype) -> Tensor:
         """(rows, 1, width, width), 0 where a token may look and the type's least number where not."""
@@ -115,8 +155,11 @@ class Packing:
         return output
 
 
-def prepare(model: nn.Module, routing: Routing) -> Packing | None:
-    """Packing for this model, or None where a trial on two short texts says that it does not work here."""
+def prepare(model: nn.Module, routing: Routing, *, in_rows: bool = False) -> Packing | None:
+    """Packing for this model, or None where a trial on three short texts says that it does not work here.
+
+    `in_rows`: in rows of one client each, even where all texts could lie end to end.
+    """
     backbone = backbone_of(model)
     if backbone is None or not {"input_ids", "attention_mask", "position_ids"} <= set(
         inspect.signature(backbone.forward).parameters
@@ -125,13 +168,16 @@ def prepare(model: nn.Module, routing: Routing) -> Packing | None:
     owner = owner_of_layers(backbone)
     if owner is None or next(backbone.parameters()).is_meta:
         return None
-    packing = Packing(backbone, owner, routing)
-    pad = getattr(getattr(model, "config", None), "pad_token_id", None)
-    for packing.causal in (False, True):
-        for packing.first_position in dict.fromkeys([0, (pad or 0) + 1]):  # RoBERTa counts from behind its padding
-            if _agrees(backbone, routing):
-                return packing
-    packing.remove()
+    first_text = (getattr(getattr(model, "config", None), "pad_token_id", None) or 0) + 1
+    for end_to_end in (False,) if in_rows or not attention.adopt(model) else (True, False):
+        packing = Packing(backbone, owner, routing, end_to_end=end_to_end)
+        for packing.causal in (False, True):
+            for packing.first_position in dict.fromkeys([0, first_text]):  # RoBERTa counts from behind its padding
+                if _agrees(backbone, routing):
+                    return packing
+        packing.remove()
+        if end_to_end:
+            attention.leave(model)
     return None
 
 
@@ -195,42 +241,68 @@ def owner_of_layers(backbone: nn.Module) -> nn.Module | None:
     return owners[0] if len(owners) == 1 else None
 
 
-def _lay_out(lengths: Sequence[int], slots: Sequence[int], hidden: int) -> _Rows | None:
-    """Rows for texts of these lengths, each row of one slot only; None where no two texts would share a row."""
-    rows = _deal(lengths, slots, hidden)
-    if len(rows) == len(lengths):
-        return None
-    width = max(sum(lengths[text] for text in row) for _, row in rows)
+def _by_token(given: dict[str, Any], shape: torch.Size) -> list[str]:
+    """What of a model's inputs has a number for each token."""
+    return [
+        name for name, value in given.items()
+        if isinstance(value, Tensor) and value.shape == shape and name != "attention_mask"
+    ]  # fmt: skip
+
+
+def _window(backbone: nn.Module) -> float:
+    """How many tokens a text may have without a layer that looks at its neighbourhood alone leaving some out."""
+    config = backbone.config
+    found = [getattr(config, name, None) for name in ("sliding_window", "local_attention", "attention_chunk_size")]
+    return min((window / 2 for window in found if isinstance(window, int) and window > 0), default=float("inf"))
+
+
+def _laid(rows: Sequence[Sequence[int]], lengths: Sequence[int], width: int) -> _Rows:
+    """These texts in rows of this width."""
     starts = torch.tensor([0, *lengths]).cumsum(0).tolist()
     texts = torch.full((len(rows), width), -1)
     positions, source = torch.zeros_like(texts), torch.zeros_like(texts)
-    for index, (_, row) in enumerate(rows):
+    places = torch.empty(starts[-1], dtype=torch.long)
+    for index, row in enumerate(rows):
         at = 0
         for text in row:
             here, n = slice(at, at + lengths[text]), lengths[text]
             texts[index, here] = text
             positions[index, here] = torch.arange(n)
             source[index, here] = torch.arange(starts[text], starts[text] + n)
+            places[starts[text] : starts[text] + n] = torch.arange(n) + index * width + at
             at += n
-    return _Rows(texts, positions, source, torch.tensor([slot for slot, _ in rows]))
+    return _Rows(texts, positions, source, places)
 
 
-def _deal(lengths: Sequence[int], slots: Sequence[int], hidden: int) -> list[tuple[int, list[int]]]:
-    """(slot, texts) of each row, a slot's rows together, of the width that makes their places cheapest.
+def _dealt(lengths: Sequence[int]) -> _Rows:
+    """Rows for attention alone, whoever's the texts are: as wide as makes it cheapest, about W (W + 16) for each."""
+    texts = sorted(range(len(lengths)), key=lambda text: -lengths[text])
+    least = -(-max(lengths) // attention.WIDTH) * attention.WIDTH
+    widths = range(least, least + 64 + 1, attention.WIDTH)
+    found = {width: _fill(texts, lengths, width) for width in widths}
+    width = min(widths, key=lambda width: len(found[width]) * width * (width + 16))
+    return _laid(found[width], lengths, width)
 
-    Few long rows waste no place but cost attention to what lies beside a text, about W / (2 hidden) of all else.
+
+def _dealt_by_slot(lengths: Sequence[int], slots: Sequence[int], hidden: int) -> tuple[_Rows, list[int]] | None:
+    """Rows of one slot each, a slot's together, and whose they are; None where no two texts would share one.
+
+    As wide as makes their places cheapest: few long rows waste no place but cost attention to what lies beside a text,
+    about W / (2 hidden) of all else.
     """
     texts_of: dict[int, list[int]] = {}
     for text in sorted(range(len(slots)), key=lambda text: -lengths[text]):
         texts_of.setdefault(slots[text], []).append(text)
     longest = max(lengths)
-    best, least = [(slot, [text]) for text, slot in enumerate(slots)], float("inf")
-    for width in range(longest, longest + min(longest, 64) + 1):
-        rows = [(slot, row) for slot in sorted(texts_of) for row in _fill(texts_of[slot], lengths, width)]
+    best, width, least = [(slot, [text]) for text, slot in enumerate(slots)], longest, float("inf")
+    for limit in range(longest, longest + min(longest, 64) + 1):
+        rows = [(slot, row) for slot in sorted(texts_of) for row in _fill(texts_of[slot], lengths, limit)]
         used = max(sum(lengths[text] for text in row) for _, row in rows)
         if (cost := len(rows) * used * (1 + used / (2 * hidden))) < least:
-            best, least = rows, cost
-    return best
+            best, width, least = rows, used, cost
+    if len(best) == len(lengths):
+        return None
+    return _laid([row for _, row in best], lengths, width), [slot for slot, _ in best]
 
 
 def _fill(texts: Sequence[int], lengths: Sequence[int], width: int) -> list[list[int]]:

@@ -202,14 +202,13 @@ def _pool(batches: Mapping[int, Rows]) -> tuple[Rows, Rows]:
 
 def _sharing(cohort: Cohort, batches: Mapping[int, Rows], examples: Examples, token_budget: int) -> list[list[int]]:
     """The clients whose minibatches go through the model together: all on a GPU; on a processor nearly equal groups of
-    no more than the budget, where texts are packed.
+    no more than the budget, where clients can share passes.
 
-    A larger product is a faster one, until what it leaves no longer fits the processor's cache. Models that are not
-    packed may take inputs that belong to no example, which clients cannot share.
+    A larger product is a faster one, until what it leaves no longer fits the processor's cache.
     """
     if cohort.together:
         return [list(batches)]
-    if cohort.packing is None:
+    if not cohort.sharing:
         return [[slot] for slot in batches]
     tokens = [float(examples.lengths[rows].sum()) for rows in batches.values()]
     groups: list[list[int]] = []
