@@ -394,7 +394,6 @@ def _fail(text: str, code: int = 2) -> NoReturn:
 
 def _prepare() -> None:
     """Quiet the libraries before they are imported: what they would say is not news to the user."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # threads that wait a little, not for ever: measured 4 times faster beside another busy process, as fast alone
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")

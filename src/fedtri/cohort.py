@@ -57,6 +57,7 @@ class Cohort:
         self._last = head[-1] if head else None
         self._slots: dict[int, Slot] = {}
         self._shared: dict[Key, int] = {}
+        self._places: dict[Key, tuple[Stacked, str]] = {}
         layers, head_shapes = [], []
         self._quantised = [layer for layer in model.modules() if isinstance(layer, nn.Linear) and not plain(layer)]
         for layer in self._quantised:  # in evaluation mode bitsandbytes repacks weights so that no gradient passes
@@ -111,7 +112,10 @@ class Cohort:
 
     def stacked(self, key: Key) -> nn.Parameter:
         """The parameter (m, ...) that holds this tensor of every client; of "P", the model's only one."""
-        return self.model.get_parameter(key.layer if key.factor in "PH" else f"{key.layer}.{key.factor}")
+        if key.factor == "P":
+            return self.model.get_parameter(key.layer)
+        module, name = self._place(key)
+        return getattr(module, name)
 
     def _of(self, key: Key, stack: Tensor, slot: int) -> Tensor:
         return stack if key.factor == "P" else stack[slot]
@@ -234,10 +238,12 @@ class Cohort:
 
     def _place(self, key: Key) -> tuple[Stacked, str]:
         """The layer that keeps this tensor, and under which name."""
-        layer, name = key.layer.rsplit(".", 1) if key.factor == "H" else (key.layer, key.factor)
-        module = self.model.get_submodule(layer)
-        assert isinstance(module, Stacked)
-        return module, name
+        if key not in self._places:  # finding a module by its name takes longer than writing a tensor
+            layer, name = key.layer.rsplit(".", 1) if key.factor == "H" else (key.layer, key.factor)
+            module = self.model.get_submodule(layer)
+            assert isinstance(module, Stacked)
+            self._places[key] = module, name
+        return self._places[key]
 
     @property
     def device(self) -> torch.device:
