@@ -6,7 +6,7 @@
 The work: MiniLM, LoRA of rank 8 on query and value of all layers, 10 clients × 10 steps × 16 SST-2 sentences a round.
 Each contender is a process of its own and takes its turn while the others are suspended, with all that they started;
 the machine's matrix-product rate is measured between turns. A turn is three rounds on end, as a federation's are: the
-first is told apart ("after others"), since it meets memory that the machine took back meanwhile; the other two count.
+first is told apart ("after others"), since it may meet what others left of the machine; the other two count.
 The mean losses of all rounds must agree, else the script fails: then the work was not the same. "of the limit" counts
 real tokens only, each a forward pass and the gradient of every activation through the frozen layers
 (2 · 2 · parameters), against that rate, which is float32's; products that a contender finds it can leave out count as
@@ -42,6 +42,7 @@ MIXED_ATOL = 1e-2
 """How far those with bfloat16 products may lie from the others."""
 COUNTED = 2
 """How many rounds of a turn count, after the first."""
+TURNS = range(1, (contenders.ROUNDS - 2) // (1 + COUNTED) + 1)
 PACKAGES = ("torch", "transformers", "peft", "flwr", "ray", "numpy")
 
 
@@ -189,18 +190,20 @@ def rows(found: Found, flop: float) -> list[str]:
     crew, tokens = found.crew, statistics.mean(found.tokens)
     base = next((one for one in crew if one.kind == FLOWER), next(one for one in crew[::-1] if not one.work.mixed))
     lines = [
-        f"| | s a round | (fastest, slowest) | after others | real tokens/s | × {base.name} | of the limit "
+        f"| | s a round | (fastest, slowest) | real tokens/s | × {base.name} | of the limit | after others | × "
         "| core seconds | × | of the limit | peak memory |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for one in crew:
         seconds, worked = statistics.median(one.seconds), statistics.median(one.worked)
         faster = statistics.median(b / s for b, s in zip(base.seconds, one.seconds, strict=True))
+        first = statistics.median(b / s for b, s in zip(base.after, one.after, strict=True))
         lighter = statistics.median(b / s for b, s in zip(base.worked, one.worked, strict=True))
         speed = tokens / seconds
         lines.append(
             f"| {one.name} | {seconds:.2f} | ({min(one.seconds):.2f}, {max(one.seconds):.2f}) "
-            f"| {statistics.median(one.after):.2f} | {speed:,.0f} | {faster:.2f} | {speed * flop / found.rate:.0%} "
+            f"| {speed:,.0f} | {faster:.2f} | {speed * flop / found.rate:.0%} "
+            f"| {statistics.median(one.after):.2f} | {first:.2f} "
             f"| {worked:.2f} | {lighter:.2f} "
             f"| {tokens * flop / worked / found.working * found.threads:.0%} | {one.bytes / 2**20:,.0f} MiB |"
         )
@@ -250,7 +253,7 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="SST-2's folder in GLUE's layout, or any data fedtri reads")
     parser.add_argument("--model", default="minilm", help="a BERT-like encoder; the reference is minilm")
     parser.add_argument("--quick", action="store_true", help="4 clients of 3 steps, one turn; Flower in the first")
-    parser.add_argument("--turns", type=int, default=3, help="of each, two rounds that count in each")
+    parser.add_argument("--turns", type=int, default=3, choices=TURNS, help="of each, two rounds that count in each")
     parser.add_argument("--without", action="append", default=[], choices=[FLOWER, PEFT], help="leave a contender out")
     parser.add_argument("--last", type=int, default=2, help="adapters on so many last layers in the second competition")
     parser.add_argument("--only", choices=["all", "last"], help="one of the two competitions")

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import safetensors.torch
+import torch
 from rich.console import Console
 
 import fedtri
@@ -282,13 +284,21 @@ def test_a_run_that_is_interrupted_says_how_to_go_on_and_ends_as_if_it_had_not_b
         code, _, error = command("run", *tiny, "--out", tmp_path / "run")
     assert code == 130
     assert error == f"fedtri: interrupted; go on from the last round with: fedtri resume {tmp_path / 'run'}\n"
+    environment = tmp_path / "run" / "environment.json"
+    assert f'"threads": {torch.get_num_threads()}' in environment.read_text()
+    shutil.copytree(tmp_path / "run", tmp_path / "elsewhere")
     code, out, _ = command("resume", tmp_path / "run")
     assert code == 0
+    assert "the run began on" not in out
     assert "round 2/2" in out
     assert "round 1/2" not in out
     for name in ("client-00", "client-01", "client-02"):
         first, second = (tmp_path / run / "adapters" / name / "adapter_model.safetensors" for run in ("whole", "run"))
         assert first.read_bytes() == second.read_bytes()
+
+    elsewhere = tmp_path / "elsewhere" / "environment.json"
+    elsewhere.write_text(json.dumps(json.loads(elsewhere.read_text()) | {"threads": 64}))
+    assert "the run began on 64 threads" in command("resume", tmp_path / "elsewhere")[1]
 
 
 def test_the_live_display_counts_rounds_clients_steps_loss_accuracy_and_bytes():

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from fedtri import models, packing
 from fedtri.cohort import Cohort
 from fedtri.factors import initial_factors
-from fedtri.packing import _dealt, _dealt_by_slot
+from fedtri.packing import _for_attention, _for_layers
 from fedtri.routing import Routing
 from tiny import SIZES, classifier
 
@@ -136,7 +136,7 @@ def lies_in_one_row(rows: packing._Rows, text: int, lengths: list[int]) -> int:
 def test_every_text_lies_whole_in_one_row_of_its_own_client(texts, hidden):
     """And there are fewer rows than texts. Seen to fail with rows of any client."""
     lengths, slots = [n for n, _ in texts], [slot for _, slot in texts]
-    found = _dealt_by_slot(lengths, slots, hidden)
+    found = _for_layers(lengths, slots, hidden)
     if found is None:
         return
     rows, owners = found
@@ -145,11 +145,31 @@ def test_every_text_lies_whole_in_one_row_of_its_own_client(texts, hidden):
         assert owners[lies_in_one_row(rows, text, lengths)] == slot
 
 
-@given(st.lists(st.integers(1, 300), min_size=1, max_size=40))
-def test_attentions_rows_hold_every_text_whole_and_suit_the_processor(lengths):
-    """Of any length. Seen to fail with the width that texts fill instead of the next multiple."""
-    rows = _dealt(lengths)
+@given(st.lists(st.tuples(st.integers(1, 300), st.integers(0, 3)), min_size=1, max_size=40))
+def test_attentions_rows_hold_every_text_whole_and_suit_the_processor(texts):
+    """Of any length, a row's of one client. Seen to fail with the width that texts fill, not the next multiple."""
+    lengths, slots = [n for n, _ in texts], [slot for _, slot in texts]
+    rows = _for_attention(lengths, slots)
     assert rows.texts.shape[1] % 16 == 0
     assert int((~rows.empty).sum()) == sum(lengths) == len(rows.places)
+    owner = torch.tensor(slots).repeat_interleave(torch.tensor(lengths))
+    assert (owner[rows.source] == owner[rows.source[:, :1]]).all()
     for text in range(len(lengths)):
         lies_in_one_row(rows, text, lengths)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_client_whose_numbers_are_none_any_more_spoils_no_other(attention):
+    """One has learned NaN and shares the pass. Seen to fail with attention's rows of any client."""
+    on = cohort_of("bert", attention=attention)
+    clean = logits_and_gradients(on, True)
+    keys = on.layout.keys(frozenset("ACBH"))
+    with torch.no_grad():
+        for key in keys:
+            on.stacked(key)[0] = float("nan")
+    spoilt = logits_and_gradients(on, True)
+    others = [row for row, slot in enumerate(SLOTS) if slot == 1]
+    torch.testing.assert_close(spoilt[0][others], clean[0][others], atol=1e-10, rtol=1e-9)
+    assert spoilt[0][0].isnan().all()
+    for found, expected in zip(spoilt[1:], clean[1:], strict=True):
+        torch.testing.assert_close(found[1], expected[1], atol=1e-10, rtol=1e-9)

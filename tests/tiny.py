@@ -63,7 +63,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_inner": 24, "n_positions": 40},
     "llama": _DECODER,
     "mistral": {**_DECODER, "head_dim": 8},
-    "qwen2": _DECODER,
+    "qwen2": {**_DECODER, "num_key_value_heads": 1},
     "gpt_neox": _ENCODER,
 }
 DECODERS = {"gpt2", "llama", "mistral", "qwen2", "gpt_neox"}

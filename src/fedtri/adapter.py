@@ -105,7 +105,7 @@ class TriLinear(Stacked):
         whole = x.shape[0] % samples == 0 or x.shape[:-1] == (1, samples)  # a token a sample in one row of texts
         assert len(runs) == 1 or whole, f"{tuple(x.shape)} is not of {samples} samples"
         each = len(flat) // samples
-        bounds = [(start * each, stop * each) for _, start, stop in runs]
+        bounds = [(start * each, stop * each) for _, start, stop in runs] if len(runs) > 1 else [(0, len(flat))]
         factors = [one for slot, _, _ in runs for one in (self.at("A", slot), self._core_at(slot), self.at("B", slot))]
         y = ByClient.apply(flat, self.base.weight, self.base.bias, bounds, *factors)
         return y.view(*x.shape[:-1], -1)  # pyright: ignore

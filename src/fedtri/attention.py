@@ -1,7 +1,7 @@
 """Attention over texts that lie end to end in one row (packing.py): they are apart here, and nowhere else in a layer.
 
 A layer's matrix products then see real tokens only, and none is spent on places that hold none. Attention lays the
-tokens into short rows, as many texts in each as fit, under a mask that keeps each text to itself.
+tokens into short rows, as many of a client's texts in each as fit, under a mask that keeps each text to itself.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ class TextRows:
     """Where attention puts the tokens of a row of texts: into places of (rows, width)."""
 
     source: Int[Tensor, "rows width"]
-    """Which token a place holds; 0 where it holds none."""
+    """Which token a place holds; the first of its row where it holds none."""
     places: Int[Tensor, "tokens"]
     """In which place, of all rows end to end, each token is."""
     mask: Float[Tensor, "rows 1 width width"]
@@ -51,7 +51,7 @@ def adopt(model: nn.Module) -> bool:
     if getattr(getattr(model, "config", None), "_attn_implementation", None) != "sdpa":
         return False
     model.set_attn_implementation(NAME)  # pyright: ignore
-    return True
+    return model.config._attn_implementation == NAME  # pyright: ignore
 
 
 def leave(model: nn.Module) -> None:
@@ -100,7 +100,7 @@ def _spread(x: Float[Tensor, "1 heads tokens d"], rows: TextRows) -> Float[Tenso
 
 
 class _Spread(torch.autograd.Function):
-    """Tokens laid into their places. One that holds none has a copy of the first token; it tells no other, so that no
+    """Tokens laid into their places. One that holds none has a copy of its row's first; it tells no other, so that no
     gradient passes between them.
     """
 

@@ -122,8 +122,14 @@ def resume(folder: Folder, track: Track = None) -> None:
 
     loaded = configuration.load(rundir.require(folder) / "config.toml")
     _prepare()
+    import torch
+
     from fedtri import display, runs, tracking
 
+    began, now = rundir.read_threads(folder), torch.get_num_threads()
+    if began not in (None, now):
+        console.print(f"the run began on {began} threads, this is {now}: float32 rounds otherwise, unless "
+                      f"OMP_NUM_THREADS={began}")  # fmt: skip
     with (
         tracking.tracker(track, loaded.model_dump()) as tell,
         display.display(console, loaded, rundir.read_rounds(folder)) as shown,

@@ -40,7 +40,7 @@ class Site:
     """Whether clients are scored after local training too; where they are asked to evaluate, they do."""
     validate: bool = False
     """Whether the validation split is scored too (early stopping needs it)."""
-    token_budget: int = 1024
+    token_budget: int = 1536
     on_step: Callable[[int, int, float], None] = lambda slot, step, loss: None
 
     def put(self, slot: int, client: str, factors: Factors) -> None:

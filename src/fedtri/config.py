@@ -95,13 +95,13 @@ class Simulation(Strict):
     has the machine to itself, as on a network, and gets bit for bit what it would get there.
 
     With `transport = "flower-sim"` each client at work has `client_cpus` cores and `client_gpus` of a GPU to itself.
-    1024 tokens keep a pass's activations in a processor's cache; a GPU wants 16384 or more. Where no adapter
+    1536 tokens are many enough for fast products on a processor; a GPU wants 16384 or more. Where no adapter
     stands in the first layers, what leaves them is kept: up to `prefix_budget` MB in memory, more than that in a file
     beside the run, and nothing at all at 0; `prefix_dtype` "auto" is the model's own.
     """
 
     cohort: Annotated[int, Field(ge=0)] = 16
-    token_budget: PositiveInt = 1024
+    token_budget: PositiveInt = 1536
     prefix_budget: Annotated[int, Field(ge=0)] = 1024
     prefix_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     client_cpus: PositiveInt = 1

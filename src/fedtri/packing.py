@@ -31,7 +31,7 @@ class _Rows:
     """Which text a place holds; -1 for none."""
     positions: Int[Tensor, "rows width"]
     source: Int[Tensor, "rows width"]
-    """Which token, counted text by text, a place holds; 0 where it holds none."""
+    """Which token, counted text by text, a place holds; the row's first where it holds none."""
     places: Int[Tensor, "tokens"]
     """In which place, of all rows end to end, each token is."""
 
@@ -82,13 +82,14 @@ class Packing:
             return None
         if given.get("position_ids") is not None or given.get("past_key_values") is not None:
             return None
-        if int(mask.sum(1).max()) > _window(module):  # each layer would look further than it does in a padded batch
+        real = mask.bool()
+        lengths = real.sum(1).tolist()
+        if max(lengths) > _window(module):  # each layer would look further than it does in a padded batch
             return None
         if "use_cache" in self._names:
             given["use_cache"] = False
-        real = mask.bool()
         lay = self._end_to_end if self.end_to_end else self._in_rows
-        return ((), given) if lay(module, given, ids.shape, real, real.sum(1).tolist()) else None
+        return ((), given) if lay(module, given, ids.shape, real, lengths) else None
 
     def _end_to_end(
         self, module: nn.Module, given: dict[str, Any], shape: torch.Size, real: Tensor, lengths: list[int]
@@ -97,7 +98,8 @@ class Packing:
         total, slots, device = sum(lengths), self.routing.slots, real.device
         assert slots is not None
         fill = -total % self.multiple
-        rows = _dealt(lengths + [fill] * (fill > 0)).to(device)
+        more, whose = ([fill], slots[-1:].tolist()) if fill else ([], [])
+        rows = _for_attention(lengths + more, slots.tolist() + whose).to(device)
         for name in _by_token(given, shape):
             given[name] = pad(given[name][real][None], (0, fill))
         given["position_ids"] = rows.positions.flatten()[rows.places][None] + self.first_position
@@ -115,7 +117,7 @@ class Packing:
         """Texts in rows of one client each; not where no two would share a row."""
         slots, device = self.routing.slots, real.device
         assert slots is not None
-        found = _dealt_by_slot(lengths, slots.tolist(), module.config.hidden_size)  # pyright: ignore
+        found = _for_layers(lengths, slots.tolist(), module.config.hidden_size)  # pyright: ignore
         if found is None:
             return False
         rows, owners = found[0].to(device), torch.tensor(found[1], device=device)
@@ -252,15 +254,16 @@ def _by_token(given: dict[str, Any], shape: torch.Size) -> list[str]:
 def _window(backbone: nn.Module) -> float:
     """How many tokens a text may have without a layer that looks at its neighbourhood alone leaving some out."""
     config = backbone.config
-    found = [getattr(config, name, None) for name in ("sliding_window", "local_attention", "attention_chunk_size")]
-    return min((window / 2 for window in found if isinstance(window, int) and window > 0), default=float("inf"))
+    found = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    return min((float(window) for window in found if isinstance(window, int) and window > 0), default=float("inf"))
 
 
 def _laid(rows: Sequence[Sequence[int]], lengths: Sequence[int], width: int) -> _Rows:
     """These texts in rows of this width."""
     starts = torch.tensor([0, *lengths]).cumsum(0).tolist()
     texts = torch.full((len(rows), width), -1)
-    positions, source = torch.zeros_like(texts), torch.zeros_like(texts)
+    positions = torch.zeros_like(texts)
+    source = torch.tensor([[starts[row[0]]] for row in rows]).repeat(1, width)
     places = torch.empty(starts[-1], dtype=torch.long)
     for index, row in enumerate(rows):
         at = 0
@@ -274,35 +277,47 @@ def _laid(rows: Sequence[Sequence[int]], lengths: Sequence[int], width: int) -> 
     return _Rows(texts, positions, source, places)
 
 
-def _dealt(lengths: Sequence[int]) -> _Rows:
-    """Rows for attention alone, whoever's the texts are: as wide as makes it cheapest, about W (W + 16) for each."""
-    texts = sorted(range(len(lengths)), key=lambda text: -lengths[text])
+def _for_attention(lengths: Sequence[int], slots: Sequence[int]) -> _Rows:
+    """Rows for attention alone, as wide as makes it cheapest, about W (W + 16) for each. Of one slot each: where a
+    client's numbers are no numbers any more, a mask would not keep them from others in its row.
+    """
+    texts_of = _by_slot(lengths, slots)
     least = -(-max(lengths) // attention.WIDTH) * attention.WIDTH
     widths = range(least, least + 64 + 1, attention.WIDTH)
-    found = {width: _fill(texts, lengths, width) for width in widths}
+    found = {width: [row for _, row in _dealt(texts_of, lengths, width)] for width in widths}
     width = min(widths, key=lambda width: len(found[width]) * width * (width + 16))
     return _laid(found[width], lengths, width)
 
 
-def _dealt_by_slot(lengths: Sequence[int], slots: Sequence[int], hidden: int) -> tuple[_Rows, list[int]] | None:
-    """Rows of one slot each, a slot's together, and whose they are; None where no two texts would share one.
+def _for_layers(lengths: Sequence[int], slots: Sequence[int], hidden: int) -> tuple[_Rows, list[int]] | None:
+    """Rows for whole layers, of one slot each, and whose they are; None where no two texts would share one.
 
     As wide as makes their places cheapest: few long rows waste no place but cost attention to what lies beside a text,
     about W / (2 hidden) of all else.
     """
-    texts_of: dict[int, list[int]] = {}
-    for text in sorted(range(len(slots)), key=lambda text: -lengths[text]):
-        texts_of.setdefault(slots[text], []).append(text)
-    longest = max(lengths)
+    texts_of, longest = _by_slot(lengths, slots), max(lengths)
     best, width, least = [(slot, [text]) for text, slot in enumerate(slots)], longest, float("inf")
     for limit in range(longest, longest + min(longest, 64) + 1):
-        rows = [(slot, row) for slot in sorted(texts_of) for row in _fill(texts_of[slot], lengths, limit)]
+        rows = _dealt(texts_of, lengths, limit)
         used = max(sum(lengths[text] for text in row) for _, row in rows)
         if (cost := len(rows) * used * (1 + used / (2 * hidden))) < least:
             best, width, least = rows, used, cost
     if len(best) == len(lengths):
         return None
     return _laid([row for _, row in best], lengths, width), [slot for slot, _ in best]
+
+
+def _by_slot(lengths: Sequence[int], slots: Sequence[int]) -> dict[int, list[int]]:
+    """Each slot's texts, longest first, in the order of the slots."""
+    texts_of: dict[int, list[int]] = {slot: [] for slot in sorted(set(slots))}
+    for text in sorted(range(len(slots)), key=lambda text: -lengths[text]):
+        texts_of[slots[text]].append(text)
+    return texts_of
+
+
+def _dealt(texts_of: dict[int, list[int]], lengths: Sequence[int], width: int) -> list[tuple[int, list[int]]]:
+    """(slot, texts) of each row of this width."""
+    return [(slot, row) for slot, texts in texts_of.items() for row in _fill(texts, lengths, width)]
 
 
 def _fill(texts: Sequence[int], lengths: Sequence[int], width: int) -> list[list[int]]:

@@ -11,7 +11,10 @@ from torch import Tensor
 
 
 class Routing(threading.local):
-    """Which client each sample of the current batch belongs to; shared by all layers of a cohort, apart by thread."""
+    """Which client each sample of the current batch belongs to; shared by all layers of a cohort, apart by thread.
+
+    Within a backbone whose texts lie end to end (packing.py) each token is a sample.
+    """
 
     def __init__(self) -> None:
         self.slots: Tensor | None = None

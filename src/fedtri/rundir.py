@@ -176,6 +176,13 @@ def read_summary(path: Path) -> dict[str, Any]:
         raise FedtriError(f"{path}/summary.json: is not JSON; was it edited?") from None
 
 
+def read_threads(path: Path) -> int | None:
+    """On how many of PyTorch's threads a run began, where it says so."""
+    with suppress(OSError, ValueError):
+        return json.loads((path / "environment.json").read_text()).get("threads")
+    return None
+
+
 def read_labels(path: Path) -> list[str]:
     """The names of the classes of a run, by id."""
     try:

@@ -90,7 +90,7 @@ def train(
     how: Optimization,
     kinds: frozenset[str],
     *,
-    token_budget: int = 1024,
+    token_budget: int = 1536,
     on_step: OnStep = lambda slot, step, loss: None,
 ) -> dict[int, float]:
     """Train every client of the cohort for one round; returns each slot's mean training loss over the round.
@@ -150,7 +150,7 @@ def evaluate(
     examples: Examples,
     rows: Mapping[int, Rows],
     *,
-    token_budget: int = 1024,
+    token_budget: int = 1536,
 ) -> dict[int, dict[str, float]]:
     """Each slot's mean loss and accuracy over its own rows."""
 
@@ -179,7 +179,7 @@ def evaluate(
 
 
 def features(
-    cohort: Cohort, task: LearningTask, examples: Examples, rows: Rows, *, token_budget: int = 1024
+    cohort: Cohort, task: LearningTask, examples: Examples, rows: Rows, *, token_budget: int = 1536
 ) -> Float[np.ndarray, "rows d"]:
     """The frozen, un-adapted backbone's feature of each row. The cohort's adapters are routed to an empty slot."""
     found: list[tuple[Rows, np.ndarray]] = []
