@@ -22,7 +22,7 @@ import machine
 import torch
 from torch import Tensor
 
-from fedtri import linalg
+from fedtri.aggregation import products
 
 Variant = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -53,17 +53,17 @@ def fedit(B: Tensor, A: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
 
 def flora_na(B: Tensor, A: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """FLoRA-NA's alternating solves."""
-    return linalg.nearest_average(B, A, weights)[:2]
+    return products.nearest_average(B, A, weights)[:2]
 
 
 def best_rank(B: Tensor, A: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Best rank r by QR of the stacks."""
-    return linalg.best_low_rank(B, A, weights, B.shape[-1])
+    return products.best_low_rank(B, A, weights, B.shape[-1])
 
 
 def dense_svd(B: Tensor, A: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Best rank r by the SVD of the d × d mean product, which is what the others avoid."""
-    left, right = linalg.stacked(B, A, weights)
+    left, right = products.stacked(B, A, weights)
     U, S, Vh = torch.linalg.svd(left @ right, full_matrices=False)
     r = B.shape[-1]
     return U[..., :r] * S[:, None, :r], Vh[:, :r]
@@ -79,7 +79,7 @@ VARIANTS: dict[str, Variant] = {
 
 def measure(clients: tuple[Tensor, Tensor, Tensor], variants: dict[str, Variant], repeats: int) -> dict[str, str]:
     """Time and ρ of each variant: a call each to warm up, then all in turn, `repeats` times."""
-    rho = {name: linalg.residual(*clients, *variant(*clients)).item() for name, variant in variants.items()}
+    rho = {name: products.residual(*clients, *variant(*clients)).item() for name, variant in variants.items()}
     times: dict[str, list[float]] = {name: [] for name in variants}
     for repeat in range(repeats):
         for name, variant in variants.items():

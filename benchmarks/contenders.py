@@ -60,12 +60,12 @@ def prepare(work: Work) -> list[int]:
     """Write what the other two contenders start from; returns the real tokens of each of the first rounds."""
     import safetensors.torch
 
-    from fedtri.federation import build
+    from fedtri.adapters.layout import key_name
+    from fedtri.execution.train import Work as Share
+    from fedtri.execution.train import minibatches
+    from fedtri.runs.simulation import build
     from fedtri.seeds import derive
-    from fedtri.store import ClientStore
-    from fedtri.train import Work as Share
-    from fedtri.train import minibatches
-    from fedtri.wire import key_name
+    from fedtri.storage.client_store import ClientStore
 
     built = build(config_of(work), ClientStore(Path(work.folder) / "prepared"))
     site, clients = built.site, built.transport.clients()
@@ -103,11 +103,11 @@ def fedtri_rounds(work: Work, **more: Any) -> Iterator[float]:
     """Whole rounds of `fedtri run`, run directory, wire format and checkpoints included."""
     import torch
 
-    from fedtri import runs
+    from fedtri.runs import lifecycle
 
     torch.set_num_threads(work.threads)
     folder = Path(work.folder) / ("run-bfloat16" if work.mixed else "run")
-    for progress in runs.run(config_of(work, out=str(folder), **more)):
+    for progress in lifecycle.run(config_of(work, out=str(folder), **more)):
         yield progress.line["loss"]
 
 
@@ -120,7 +120,7 @@ class Peers:
         from peft import LoraConfig, TaskType, get_peft_model
         from transformers import AutoModelForSequenceClassification
 
-        from fedtri.models import locate
+        from fedtri.models.loading import locate
         from fedtri.tasks.checkpoints import quiet
 
         folder = Path(work.folder)
@@ -183,7 +183,7 @@ class Peers:
 
 def peft_name(name: str, learns: Mapping[str, Any]) -> str:
     """PEFT's name of a tensor that fedtri calls `name`."""
-    from fedtri.wire import parse_key
+    from fedtri.adapters.layout import parse_key
 
     key = parse_key(name)
     layer, part = key.layer.rsplit(".", 1) if key.factor == "H" else (key.layer, f"lora_{key.factor}")

@@ -18,13 +18,13 @@ from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.task_identity import TaskIdentity
 from transformers import AutoModelForSequenceClassification
 
-from fedtri import wire
+from fedtri.adapters.layout import Factors
+from fedtri.communication import codec
+from fedtri.communication.flower_calls import BODY, PREFIX, Called
+from fedtri.communication.sealed import Terms
 from fedtri.deploy import site
 from fedtri.deploy.terms import fingerprint
-from fedtri.models import locate
-from fedtri.transport.flower_calls import BODY, PREFIX, Called
-from fedtri.transport.sealed import Terms
-from fedtri.types import Factors
+from fedtri.models.loading import locate
 
 CLIENT, RUN = "site1", bytes(8)
 
@@ -56,8 +56,8 @@ def ce_lora(folder: Path) -> tuple[int, int, int]:
     layout = opened.site.cohort.layout
     terms = Terms(layout, "float32", 1e4, fingerprint(opened.config), RUN)
 
-    def asked(phase: wire.Phase, round: int, down: Factors) -> tuple[int, int, Factors]:
-        data = terms.encode(wire.Message(phase, round, down), CLIENT)
+    def asked(phase: codec.Phase, round: int, down: Factors) -> tuple[int, int, Factors]:
+        data = terms.encode(codec.Message(phase, round, down), CLIENT)
         reply = site.respond(opened, Called(RUN, CLIENT, data, 60))
         said = terms.decode(reply, CLIENT, 8, frozenset("C"))
         sent = PREFIX.pack(RUN, len(CLIENT)) + CLIENT.encode() + data
@@ -69,7 +69,7 @@ def ce_lora(folder: Path) -> tuple[int, int, int]:
         trained_up, trained_down, cores = asked("train", round, {})
         scored_up, scored_down, _ = asked("evaluate", round + 1, cores)
         up, down = trained_up + scored_up, trained_down + scored_down
-    return wire.payload_bytes(cores), up, down
+    return codec.payload_bytes(cores), up, down
 
 
 def flower_peft() -> tuple[int, int, int]:

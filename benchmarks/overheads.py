@@ -35,7 +35,8 @@ def first_step(work: Work) -> float:
 
 def start(arguments: list[str]) -> None:
     """`fedtri run` as far as its first step, and the time then."""
-    from fedtri import cli, train
+    from fedtri.cli import main
+    from fedtri.execution import train
 
     whole = train.train
 
@@ -45,14 +46,15 @@ def start(arguments: list[str]) -> None:
 
     train.train = lambda *args, on_step, **more: whole(*args, on_step=say, **more)
     sys.argv = ["fedtri", "run", *arguments]
-    cli.main()
+    main.main()
 
 
 def round_costs(work: Work, rounds: int) -> dict[str, list[float]]:
     """Seconds of each part of each round but the first, which warms up."""
     import torch
 
-    from fedtri import checkpoint, runs
+    from fedtri.runs import lifecycle
+    from fedtri.storage import checkpoint
 
     torch.set_num_threads(work.threads)
     found: dict[str, list[float]] = {"train": [], "aggregate": [], "evaluate": [], "checkpoint": []}
@@ -65,7 +67,7 @@ def round_costs(work: Work, rounds: int) -> dict[str, list[float]]:
 
     checkpoint.save = timed  # type: ignore[assignment]
     config = config_of(work, out=str(Path(work.folder) / "run"), evaluate=True)
-    steps = runs.run(config)
+    steps = lifecycle.run(config)
     for _ in range(rounds + 1):
         line = next(steps).line
         for part in ("train", "aggregate", "evaluate"):

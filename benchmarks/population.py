@@ -20,12 +20,12 @@ from contenders import Work, config_of
 
 def serve(work: Work, sampled: int, rounds: int, began: float, pipe: Connection) -> None:
     """Train so many rounds; says when the first step was taken, and the seconds of the last round."""
-    from fedtri import runs
+    from fedtri.runs import lifecycle
 
     first: list[float] = []
-    listener = runs.Listener(on_step=lambda slot, step, loss: first or first.append(time.time() - began))
+    listener = lifecycle.Listener(on_step=lambda slot, step, loss: first or first.append(time.time() - began))
     config = config_of(work, out=str(Path(work.folder) / "run"), fraction=sampled / work.clients)
-    steps = runs.run(config, listener)
+    steps = lifecycle.run(config, listener)
     for _ in range(rounds):
         start = time.perf_counter()
         next(steps)

@@ -17,7 +17,8 @@ import time
 import numpy as np
 import torch
 
-from fedtri.similarity import (
+from fedtri.messages import Mixture, Sketch
+from fedtri.similarity.distances import (
     blend,
     client_distance,
     core_similarity,
@@ -26,7 +27,6 @@ from fedtri.similarity import (
     extend_distances,
     row_stochastic,
 )
-from fedtri.types import Mixture, Sketch
 
 LAYERS, RANK = 24, 8
 WIDTH, CLASSES, COMPONENTS = 384, 6, 3

@@ -214,7 +214,7 @@ def flop_a_token(work: Work) -> tuple[float, int, int]:
     """(FLOP a real token, hidden, inner width) of forward and backward through the frozen layers."""
     from transformers import AutoConfig
 
-    from fedtri.models import locate
+    from fedtri.models.loading import locate
 
     shape = AutoConfig.from_pretrained(locate(work.model))
     parameters = shape.num_hidden_layers * (4 * shape.hidden_size**2 + 2 * shape.hidden_size * shape.intermediate_size)

@@ -18,10 +18,10 @@ from typing import Any
 import tomli_w
 
 from fedtri import config as configuration
+from fedtri.adapters.layout import Factors
 from fedtri.config import Config
 from fedtri.deploy import folder as deployment
 from fedtri.deploy.journal import Journal
-from fedtri.types import Factors
 from tiny import LABELS, Lab, save_data
 
 CLIENTS = [f"client-{number:02}" for number in range(4)]

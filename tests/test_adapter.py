@@ -8,12 +8,12 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
-from fedtri.adapter import StackedLinear, TriLinear
-from fedtri.cohort import Cohort
+from fedtri.adapters.bank import Cohort
+from fedtri.adapters.initial import effective_update, initial_factors
+from fedtri.adapters.layer import StackedLinear, TriLinear
+from fedtri.adapters.layout import Factors, Key
 from fedtri.errors import FedtriError
-from fedtri.factors import effective_update, initial_factors
-from fedtri.models import find_targets, head_layers
-from fedtri.types import Factors, Key
+from fedtri.models.loading import find_targets, head_layers
 from tiny import LABELS, assert_same, classifier
 
 ALL = frozenset("ACBH")

@@ -29,7 +29,7 @@ def is_of(module: str, packages: tuple[str, ...]) -> bool:
     return module.split(".")[0] in packages
 
 
-@pytest.mark.parametrize("module", ["fedtri", "fedtri.cli", "fedtri.rundir", "fedtri.report.page"])
+@pytest.mark.parametrize("module", ["fedtri", "fedtri.cli.main", "fedtri.storage.run_directory", "fedtri.report.page"])
 def test_what_needs_no_model_loads_no_model_library(module):
     """`fedtri --help` and the report answer at once; seen to fail (6 s) with torch imported at the top of cli."""
     code = f"import sys, {module}; print(*sorted(set({HEAVY}) & set(sys.modules)))"

@@ -8,9 +8,11 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fedtri import models, runs, tasks, tuned
+from fedtri import tasks
 from fedtri.data import load_pool
 from fedtri.errors import FedtriError
+from fedtri.models import loading
+from fedtri.runs import finished, lifecycle
 from fedtri.tasks.responses import IGNORED, final_number, same
 from tiny import rounds
 
@@ -32,7 +34,7 @@ def made(lab, tmp_path):
         path.write_text("\n".join(map(json.dumps, rows)))
         config = lab.language(chat=chat)
         recipe = tasks.build("causal_lm", options)
-        loaded = recipe.load(config.model, (), models.Weights())
+        loaded = recipe.load(config.model, (), loading.Weights())
         pool = load_pool(str(path), recipe.pool, columns=columns)
         return recipe.examples(pool, loaded.processor, max_length), loaded.processor
 
@@ -130,10 +132,10 @@ def test_answers_are_those_of_the_exported_model_one_at_a_time(lab, tmp_path):
     """Greedy, from left-padded prompts in one batch. Seen to fail with prompts padded on the right."""
     config = lab.language(out=str(tmp_path / "run"), rounds=1, learning_rate=0.05, steps=8)
     config = config.model_copy(update={"task_options": {"max_new_tokens": 5}})
-    list(runs.run(config))
+    list(lifecycle.run(config))
     asked = ["the cat", "a very old and not big oak", "slate"]
-    said = [answer.tuned for answer in tuned.predict(tmp_path / "run", "client-01", asked)]
-    tuned.export(tmp_path / "run", "client-01", tmp_path / "merged", merge=True)
+    said = [answer.tuned for answer in finished.predict(tmp_path / "run", "client-01", asked)]
+    finished.export(tmp_path / "run", "client-01", tmp_path / "merged", merge=True)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
     for text, answer in zip(asked, said, strict=True):
@@ -298,8 +300,8 @@ def test_gradient_checkpointing_changes_memory_alone(lab, tmp_path):
 
 
 def test_models_that_cannot_be_run_again_say_so():
-    from fedtri.recompute import Recomputation
-    from fedtri.routing import Routing
+    from fedtri.execution.recompute import Recomputation
+    from fedtri.execution.routing import Routing
 
     with pytest.raises(FedtriError, match="Linear has no layers that can be run again; leave it out"):
         Recomputation(torch.nn.Linear(2, 2), Routing())

@@ -14,10 +14,14 @@ import numpy as np
 import pytest
 import torch
 
-from fedtri import checkpoint, config, rundir, runs
+from fedtri import config
+from fedtri.adapters.layout import Key
 from fedtri.errors import FedtriError
-from fedtri.store import ClientStore, write_atomic
-from fedtri.types import Key, Mixture, ServerState, Sketch
+from fedtri.messages import Mixture, Sketch
+from fedtri.runs import lifecycle
+from fedtri.state import ServerState
+from fedtri.storage import checkpoint, run_directory
+from fedtri.storage.client_store import ClientStore, write_atomic
 from tiny import Lab, assert_same
 
 WANTED = {"method": "ce_lora", "rounds": 4, "clients": 4, "steps": 6, "fraction": 0.8, "simulation__cohort": 1}
@@ -35,7 +39,7 @@ def never(lab: Lab, tmp_path_factory) -> Path:
     """A run that nothing happened to."""
     folder = tmp_path_factory.mktemp("never")
     torch.set_num_threads(1)
-    list(runs.run(lab.config(out=str(folder), **WANTED)))
+    list(lifecycle.run(lab.config(out=str(folder), **WANTED)))
     return folder
 
 
@@ -53,7 +57,7 @@ def killed(lab: Lab, tmp_path_factory) -> Path:
     process.wait()
     assert len(begun) < 3
     assert not (folder / "checkpoints" / "00003.json").exists()
-    assert len(rundir.read_rounds(folder)) == 2
+    assert len(run_directory.read_rounds(folder)) == 2
     return folder
 
 
@@ -70,9 +74,9 @@ def assert_the_same_end(folder: Path, never: Path) -> None:
         assert len(names) == 4
         for name in names:
             assert (folder / name).read_bytes() == (never / name).read_bytes(), name
-    said = [[{**line, "seconds": 0} for line in rundir.read_rounds(run)] for run in (folder, never)]
+    said = [[{**line, "seconds": 0} for line in run_directory.read_rounds(run)] for run in (folder, never)]
     assert said[0] == said[1]
-    results = [{k: v for k, v in rundir.read_summary(run).items() if k != "seconds"} for run in (folder, never)]
+    results = [{k: v for k, v in run_directory.read_summary(run).items() if k != "seconds"} for run in (folder, never)]
     assert results[0] == results[1]
 
 
@@ -120,14 +124,14 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_is_used(what, dam
 @pytest.mark.parametrize("what", NEWEST)
 def test_a_run_that_lost_its_newest_checkpoint_ends_the_same_too(what, remains, never):
     cut(next(iter(sorted(remains.glob(NEWEST[what])))))
-    assert [progress.round for progress in runs.resume(remains)] in ([2, 3, 4], [3, 4])
+    assert [progress.round for progress in lifecycle.resume(remains)] in ([2, 3, 4], [3, 4])
     assert_the_same_end(remains, never)
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_over(remains, never):
     shutil.rmtree(remains / "checkpoints")
     (remains / "rounds.jsonl").unlink()
-    assert [progress.round for progress in runs.resume(remains)] == [1, 2, 3, 4]
+    assert [progress.round for progress in lifecycle.resume(remains)] == [1, 2, 3, 4]
     assert_the_same_end(remains, never)
 
 
@@ -135,7 +139,7 @@ def test_a_log_line_cut_short_is_written_again(remains, never):
     """The line goes out after the checkpoint: a kill between them leaves half of it, or none."""
     log = remains / "rounds.jsonl"
     log.write_text(log.read_text()[:-30])
-    list(runs.resume(remains))
+    list(lifecycle.resume(remains))
     assert_the_same_end(remains, never)
 
 
@@ -143,17 +147,17 @@ def test_no_checkpoint_that_is_whole_is_an_error_that_names_them(remains):
     for path in (remains / "checkpoints").glob("*.safetensors"):
         cut(path)
     with pytest.raises(FedtriError, match=r"no checkpoint is whole: .*00002\.safetensors.*cut short.*00001"):
-        list(runs.resume(remains))
+        list(lifecycle.resume(remains))
 
 
 def test_a_finished_run_is_not_resumed(never):
     with pytest.raises(FedtriError, match="the run is finished"):
-        list(runs.resume(never))
+        list(lifecycle.resume(never))
 
 
 def test_a_run_that_is_running_is_not_resumed(remains):
-    with rundir.locked(remains), pytest.raises(FedtriError, match="in use by a running run"):
-        list(runs.resume(remains))
+    with run_directory.locked(remains), pytest.raises(FedtriError, match="in use by a running run"):
+        list(lifecycle.resume(remains))
 
 
 def test_only_the_last_two_checkpoints_and_their_files_are_kept(never):
@@ -206,7 +210,7 @@ def test_every_field_of_the_servers_state_is_saved_or_comes_from_the_configurati
 def test_a_file_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     """Seen to fail with the bytes written straight to the name they are read by."""
     write_atomic(tmp_path / "file", b"old")
-    monkeypatch.setattr("fedtri.store.os.fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr("fedtri.storage.client_store.os.fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         write_atomic(tmp_path / "file", b"new and longer")
     assert (tmp_path / "file").read_bytes() == b"old"

@@ -15,7 +15,8 @@ import torch
 from rich.console import Console
 
 import fedtri
-from fedtri import cli, display, rundir
+from fedtri.cli import display, main
+from fedtri.storage import run_directory
 
 FAST = ["--rounds", "2", "--clients", "3", "--set", "steps=1", "--set", "rank=2", "--set", "batch_size=4"]
 
@@ -29,7 +30,7 @@ def command(capsys, monkeypatch):
         capsys.readouterr()
         code = 0
         try:
-            cli.main()
+            main.main()
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else 1
         return code, *capsys.readouterr()
@@ -242,7 +243,7 @@ def test_a_model_that_lacks_weights_of_its_backbone(refused, lab, tiny, tmp_path
 
 
 def test_a_folder_in_use_or_with_something_in_it(refused, tiny, finished, tmp_path):
-    with rundir.locked(finished):
+    with run_directory.locked(finished):
         assert "is in use by a running run" in refused("run", *tiny, "--out", finished)
         assert "is in use by a running run" in refused("resume", finished)
     assert "holds a run; continue it with `fedtri resume" in refused("run", *tiny, "--out", finished)
@@ -280,7 +281,7 @@ def test_a_run_that_is_interrupted_says_how_to_go_on_and_ends_as_if_it_had_not_b
             save(folder, state, store, line)
             raise KeyboardInterrupt
 
-        patch.setattr("fedtri.checkpoint.save", stop)
+        patch.setattr("fedtri.storage.checkpoint.save", stop)
         code, _, error = command("run", *tiny, "--out", tmp_path / "run")
     assert code == 130
     assert error == f"fedtri: interrupted; go on from the last round with: fedtri resume {tmp_path / 'run'}\n"

@@ -6,8 +6,8 @@ import json
 import pytest
 import tomli_w
 
-from fedtri import compare, runs
 from fedtri.errors import FedtriError
+from fedtri.runs import compare, lifecycle
 from tiny import DEFAULTS
 
 
@@ -70,8 +70,8 @@ def test_killed_half_way_and_called_again(config, tmp_path, monkeypatch):
     assert not (tmp_path / "out" / "fedit-seed0" / "summary.json").exists()
     before = (tmp_path / "out" / "local-seed0" / "summary.json").stat().st_mtime_ns
     resumed = []
-    real = runs.resume
-    monkeypatch.setattr(runs, "resume", lambda folder, *more: resumed.append(folder.name) or real(folder, *more))
+    real = lifecycle.resume
+    monkeypatch.setattr(lifecycle, "resume", lambda folder, *more: resumed.append(folder.name) or real(folder, *more))
     ran, kept = finished(compare.run(plan))
     assert kept == ["local-seed0"]
     assert ran == ["fedit-seed0", "ce_lora-seed0"]

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from fedtri import config
+from fedtri.config.strict import checked_options
 from fedtri.errors import FedtriError
-from fedtri.strict import checked_options
 
 
 def written(tmp_path, text: str):

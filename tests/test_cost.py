@@ -5,9 +5,10 @@ import json
 
 import pytest
 
-from fedtri import cost, wire
+from fedtri.communication import codec
 from fedtri.errors import FedtriError
 from fedtri.methods import METHODS, build
+from fedtri.runs import cost
 from tiny import NEEDS, rounds
 
 TARGETS = "query,value,intermediate.dense"
@@ -29,8 +30,8 @@ def test_by_hand(lab):
 @pytest.mark.parametrize("method", [name for name in METHODS if not build(name).pooled])
 def test_it_is_what_a_run_sends_as_payload(lab, tmp_path, monkeypatch, method):
     messages = []
-    encode = wire.encode
-    monkeypatch.setattr(wire, "encode", lambda message, *args: messages.append(message) or encode(message, *args))
+    encode = codec.encode
+    monkeypatch.setattr(codec, "encode", lambda message, *args: messages.append(message) or encode(message, *args))
     settings = {"rank": 4, "method": method} | NEEDS.get(method, {})
     built = lab.federation(tmp_path, **settings)
     list(rounds(built, rounds=2))
@@ -41,8 +42,8 @@ def test_it_is_what_a_run_sends_as_payload(lab, tmp_path, monkeypatch, method):
         c for c in cost.costs(str(lab.model()), rank=4, targets=built.config.targets, labels=3) if c.method == method
     )
     assert len(up) == 2 * clients
-    assert sum(wire.payload_bytes(m.factors) for m in up) / len(up) == expected.up_bytes
-    assert sum(wire.payload_bytes(m.factors) for m in down) / (2 * clients) == expected.down_bytes
+    assert sum(codec.payload_bytes(m.factors) for m in up) / len(up) == expected.up_bytes
+    assert sum(codec.payload_bytes(m.factors) for m in down) / (2 * clients) == expected.down_bytes
 
 
 def test_the_config_alone_is_enough(lab, tmp_path):

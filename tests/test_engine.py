@@ -8,12 +8,15 @@ from dataclasses import dataclass, field, replace
 import pytest
 import torch
 
-from fedtri import engine, methods, runs
-from fedtri.client import Site
+from fedtri import methods
+from fedtri.adapters.layout import Key, Layer, Layout
+from fedtri.communication import in_process as local
 from fedtri.errors import FedtriError
-from fedtri.server import Expectation
-from fedtri.transport import local
-from fedtri.types import Answer, Key, Layer, Layout, Reply, Task
+from fedtri.federation import loop
+from fedtri.federation.client import Site
+from fedtri.federation.server import Expectation
+from fedtri.messages import Answer, Reply, Request
+from fedtri.runs import lifecycle
 from tiny import assert_same, clients_tensors, effective, rounds
 
 LAYOUT = Layout((Layer("one", 3, 2),), ())
@@ -31,12 +34,12 @@ class Scripted:
     def clients(self) -> list[str]:
         return CLIENTS
 
-    def exchange(self, tasks: Sequence[Task]) -> list[Answer]:
+    def exchange(self, tasks: Sequence[Request]) -> list[Answer]:
         """Answers in the reverse order of the tasks: 5 bytes up, 7 down."""
         self.asked += [(task.round, task.phase, task.client) for task in tasks]
         return [Answer(self.reply(task), 5, 7) for task in reversed(tasks)]
 
-    def reply(self, task: Task) -> Reply:
+    def reply(self, task: Request) -> Reply:
         shapes = LAYOUT.shapes(2)
         up = {k: torch.ones(shapes[k]) for k in LAYOUT.keys(frozenset("AB"))} if task.phase == "train" else {}
         share = CLIENTS.index(task.client) / 4
@@ -46,9 +49,9 @@ class Scripted:
         return Reply(task.client, task.round, up, 3, {"train_loss": 1 + share, **scores})
 
 
-def play(transport: Scripted, **schedule) -> list[engine.Progress]:
+def play(transport: Scripted, **schedule) -> list[loop.Progress]:
     method = methods.build("fedit", head="personal")
-    return list(engine.run(method, transport, EXPECTED, engine.Schedule(**schedule)))
+    return list(loop.run(method, transport, EXPECTED, loop.Schedule(**schedule)))
 
 
 def test_a_round_trains_then_evaluates_and_its_line_says_what_happened():
@@ -70,11 +73,11 @@ def test_a_round_trains_then_evaluates_and_its_line_says_what_happened():
 
 
 def test_worst_and_best_go_by_what_is_good():
-    assert engine.spread({"a": 1.0, "b": 3.0}) == {"mean": 2, "worst": 1, "best": 3, "clients": {"a": 1, "b": 3}}
-    low = engine.spread({"a": 1.0, "b": 3.0}, higher_is_better=False)
+    assert loop.spread({"a": 1.0, "b": 3.0}) == {"mean": 2, "worst": 1, "best": 3, "clients": {"a": 1, "b": 3}}
+    low = loop.spread({"a": 1.0, "b": 3.0}, higher_is_better=False)
     assert low is not None
     assert (low["worst"], low["best"]) == (3, 1)
-    assert engine.spread({}) is None
+    assert loop.spread({}) is None
 
 
 def test_a_fraction_takes_part_and_everyone_is_scored_at_the_end():
@@ -117,7 +120,7 @@ def test_everyone_is_scored_when_it_stops_early_too():
 def test_a_stopped_history_is_not_gone_on_with():
     lines = [{"validation_loss": 1.0}, {"validation_loss": 1.0}]
     method = methods.build("fedit", head="personal")
-    assert not list(engine.run(method, Scripted(), EXPECTED, engine.Schedule(9, patience=1), history=lines))
+    assert not list(loop.run(method, Scripted(), EXPECTED, loop.Schedule(9, patience=1), history=lines))
 
 
 def test_without_evaluation_nobody_is_asked_for_scores_but_what_is_theirs_is_delivered_at_the_end():
@@ -134,7 +137,7 @@ def test_a_client_that_diverges_is_refused_and_the_others_round_goes_on(lab, tmp
     first = built.transport.clients()[0]
     real = local.client_update
 
-    def poisoned(site: Site, tasks: Sequence[Task]) -> list[Reply]:
+    def poisoned(site: Site, tasks: Sequence[Request]) -> list[Reply]:
         replies = real(site, tasks)
         for i, reply in enumerate(replies):
             if reply.client == first and reply.up:
@@ -161,7 +164,7 @@ def test_a_newcomer_gets_a_core_before_it_has_sent_one(lab, tmp_path):
     down: dict[tuple[int, str], set[str]] = {}
     exchange = built.transport.exchange
 
-    def listening(tasks: Sequence[Task]) -> list[Answer]:
+    def listening(tasks: Sequence[Request]) -> list[Answer]:
         down.update({(t.round, t.client): {k.factor for k in t.down} for t in tasks if t.phase == "train"})
         return exchange(tasks)
 
@@ -214,7 +217,9 @@ def test_client_seeds_are_of_run_round_and_client(lab, tmp_path):
 
 
 def test_a_summary_counts_what_the_lines_count(lab, tmp_path):
-    lines = [p.line for p in runs.run(lab.config(out=str(tmp_path / "run"), method="ce_lora", rounds=3, fraction=0.5))]
+    lines = [
+        p.line for p in lifecycle.run(lab.config(out=str(tmp_path / "run"), method="ce_lora", rounds=3, fraction=0.5))
+    ]
     said = json.loads((tmp_path / "run" / "summary.json").read_text())
     travelled = [line["bytes"] for line in lines]
     assert said["bytes"]["total"] == sum(n for b in travelled for table in b.values() for n in table.values())

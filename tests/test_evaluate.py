@@ -6,9 +6,10 @@ import re
 import pytest
 from typer.testing import CliRunner
 
-from fedtri import rundir, runs, serving, tuned
-from fedtri.cli import app
+from fedtri.cli.main import app
 from fedtri.errors import FedtriError
+from fedtri.runs import finished, lifecycle, vllm
+from fedtri.storage import run_directory
 from tiny import LABELS
 
 
@@ -16,19 +17,19 @@ from tiny import LABELS
 def spoken(lab, tmp_path_factory):
     """A finished run of a language model."""
     folder = tmp_path_factory.mktemp("spoken") / "run"
-    list(runs.run(lab.language(out=str(folder), rounds=1, clients=2, learning_rate=2e-2)))
+    list(lifecycle.run(lab.language(out=str(folder), rounds=1, clients=2, learning_rate=2e-2)))
     return folder
 
 
 def test_the_metrics_again_are_those_of_the_run(spoken):
-    found = tuned.evaluate(spoken)
-    line = rundir.read_rounds(spoken)[-1]
+    found = finished.evaluate(spoken)
+    line = run_directory.read_rounds(spoken)[-1]
     assert set(found) == set(line["accuracy"]["clients"])
     for client, scores in found.items():
         assert scores["accuracy"] == line["accuracy"]["clients"][client]
         assert scores["loss"] == line["test_loss"]["clients"][client]
         assert scores["perplexity"] == line["metrics"]["perplexity"]["clients"][client]
-    assert tuned.evaluate(spoken, "client-01") == {"client-01": found["client-01"]}
+    assert finished.evaluate(spoken, "client-01") == {"client-01": found["client-01"]}
 
 
 def test_the_command_prints_a_row_a_client(spoken):
@@ -40,7 +41,7 @@ def test_the_command_prints_a_row_a_client(spoken):
 
 def test_an_unknown_client_is_one_line(spoken):
     with pytest.raises(FedtriError, match="has no client 'x', expected one of client-00, client-01"):
-        tuned.evaluate(spoken, "x")
+        finished.evaluate(spoken, "x")
 
 
 TASK = """
@@ -85,21 +86,21 @@ def test_generated_code_runs_only_where_the_harness_is_told_so(spoken, harness_t
     """Seen to fail with confirm_run_unsafe_code always true."""
     monkeypatch.delenv("HF_ALLOW_CODE_EVAL", raising=False)
     with pytest.raises(FedtriError, match=r"would run code that the model writes; .* set HF_ALLOW_CODE_EVAL=1"):
-        tuned.evaluate_elsewhere(spoken, "client-00", ["runs_code"], limit=2, include=harness_tasks)
+        finished.evaluate_elsewhere(spoken, "client-00", ["runs_code"], limit=2, include=harness_tasks)
     monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "1")
-    found = tuned.evaluate_elsewhere(spoken, "client-00", ["runs_code"], limit=2, include=harness_tasks)
+    found = finished.evaluate_elsewhere(spoken, "client-00", ["runs_code"], limit=2, include=harness_tasks)
     assert found["runs_code"]
 
 
 def test_what_the_harness_does_not_know_is_one_line(spoken):
     with pytest.raises(FedtriError, match="the harness has no task 'no_such_task'"):
-        tuned.evaluate_elsewhere(spoken, "client-00", ["no_such_task"])
+        finished.evaluate_elsewhere(spoken, "client-00", ["no_such_task"])
 
 
 def test_the_harness_asks_language_models_alone(lab, tmp_path):
-    list(runs.run(lab.config(out=str(tmp_path / "run"), rounds=1, steps=1)))
+    list(lifecycle.run(lab.config(out=str(tmp_path / "run"), rounds=1, steps=1)))
     with pytest.raises(FedtriError, match="asks causal language models, this run is text_classification"):
-        tuned.evaluate_elsewhere(tmp_path / "run", "client-00", ["gsm8k"])
+        finished.evaluate_elsewhere(tmp_path / "run", "client-00", ["gsm8k"])
 
 
 def test_an_adapter_that_vllm_takes_comes_with_the_command_that_serves_it(spoken, tmp_path):
@@ -110,12 +111,12 @@ def test_an_adapter_that_vllm_takes_comes_with_the_command_that_serves_it(spoken
 
 
 def test_one_that_it_does_not_take_is_refused_and_leaves_nothing(lab, tmp_path):
-    list(runs.run(lab.config(out=str(tmp_path / "run"), rounds=1, steps=1)))
+    list(lifecycle.run(lab.config(out=str(tmp_path / "run"), rounds=1, steps=1)))
     with pytest.raises(FedtriError, match='--for vllm: vLLM takes task_type = "CAUSAL_LM", this adapter has "SEQ_CLS"'):
-        tuned.export(tmp_path / "run", "client-00", tmp_path / "a", engine="vllm")
+        finished.export(tmp_path / "run", "client-00", tmp_path / "a", engine="vllm")
     assert not (tmp_path / "a").exists()
     with pytest.raises(FedtriError, match="--for: expected vllm, got 'tgi'"):
-        tuned.export(tmp_path / "run", "client-00", tmp_path / "a", engine="tgi")
+        finished.export(tmp_path / "run", "client-00", tmp_path / "a", engine="tgi")
 
 
 @pytest.mark.parametrize(
@@ -129,8 +130,8 @@ def test_one_that_it_does_not_take_is_refused_and_leaves_nothing(lab, tmp_path):
     ],
 )
 def test_what_vllm_does_not_take(change, message, spoken, tmp_path):
-    tuned.export(spoken, "client-00", tmp_path / "a")
+    finished.export(spoken, "client-00", tmp_path / "a")
     path = tmp_path / "a" / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(FedtriError, match=message):
-        serving.check_vllm(tmp_path / "a")
+        vllm.check_vllm(tmp_path / "a")

@@ -8,8 +8,9 @@ import pytest
 from transformers import AutoProcessor, CLIPModel
 from typer.testing import CliRunner
 
-from fedtri import config, runs, tasks
-from fedtri.cli import app
+from fedtri import config, tasks
+from fedtri.cli.main import app
+from fedtri.runs import lifecycle
 
 ROOT = Path(__file__).parents[1]
 EXPERIMENTS = sorted((ROOT / "experiments").glob("*.toml"))
@@ -37,7 +38,7 @@ def test_clip_digits_runs_with_the_small_checkpoint(tiny_clip, tmp_path):
     """All of the embedded digits, and tokens that tell them apart."""
     settings = [f"model={tiny_clip}", "rounds=1", "steps=1", "clients=3", "data_options.limit=60"]
     found = config.load(ROOT / "experiments" / "clip-digits.toml", settings, out=str(tmp_path / "run"))
-    (progress,) = runs.run(found)
+    (progress,) = lifecycle.run(found)
     assert len(progress.line["accuracy"]["clients"]) == 3
     processor = AutoProcessor.from_pretrained(tiny_clip, backend="pil")
     ids = [processor.tokenizer(found.task_options["prompt"].format(n))["input_ids"] for n in range(10)]
@@ -49,7 +50,7 @@ def test_start_scores_the_checkpoint_itself(tiny_clip):
     """Mean test loss of clients that have not trained; seen to fail with the factors of a client that has."""
     settings = ["clients=3", "data_options.limit=60", f"model={tiny_clip}", "partition=iid"]
     path = ROOT / "experiments" / "clip-digits.toml"
-    found = runs.starting(config.load(path, settings))
+    found = lifecycle.starting(config.load(path, settings))
     assert len(found) == 3
     assert all(set(scores) == {"loss", "accuracy"} for scores in found.values())
     said = CliRunner().invoke(app, ["start", str(path), *(part for text in settings for part in ("--set", text))])

@@ -8,9 +8,10 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from fedtri import export, federation, runs, tuned
+from fedtri.adapters.layout import Key
 from fedtri.errors import FedtriError
-from fedtri.types import Key
+from fedtri.models import peft
+from fedtri.runs import finished, lifecycle, simulation
 from tiny import LABELS, SIZES, assert_same, effective
 
 CHOICES = [(kind, "auto") for kind in sorted(SIZES)] + [
@@ -32,7 +33,7 @@ def trained(lab, tmp_path):
         config = lab.config(
             kind, **({"rounds": 1, "clients": 2, "steps": 4, "targets": "auto", "out": str(tmp_path / "run")} | values)
         )
-        list(runs.run(config))
+        list(lifecycle.run(config))
         return tmp_path / "run", config
 
     return run
@@ -40,7 +41,7 @@ def trained(lab, tmp_path):
 
 def by_the_cohort(config, own) -> torch.Tensor:
     """The client's logits as it saw them itself."""
-    on, tokenizer, _ = federation.load_cohort(config, LABELS, 2)
+    on, tokenizer, _ = simulation.load_cohort(config, LABELS, 2)
     on.write(1, own, config.rank, config.lora_alpha)
     on.route([1] * len(SENTENCES))
     with torch.no_grad():
@@ -60,7 +61,7 @@ def base(config) -> torch.nn.Module:
 def test_an_adapter_of_the_last_layers_alone_is_loaded_on_those(kind, trained):
     """Seen to fail with the last parts of names as PEFT's target modules."""
     folder, config = trained(kind, layers="last:1")
-    own = tuned.open_client(folder, CLIENT).factors
+    own = finished.open_client(folder, CLIENT).factors
     loaded = PeftModel.from_pretrained(base(config), folder / "adapters" / CLIENT)
     adapted = {name for name, _ in loaded.named_parameters() if "lora_A" in name}
     assert {key.layer for key in own if key.factor == "A"} == {
@@ -76,7 +77,7 @@ def test_peft_and_the_merged_model_answer_as_the_client_did(kind, targets, train
     of names where a pattern chose one layer, and with a merge that forgets to transpose for Conv1D.
     """
     folder, config = trained(kind, targets=targets)
-    own = tuned.open_client(folder, CLIENT).factors
+    own = finished.open_client(folder, CLIENT).factors
     C = next(value for key, value in own.items() if key.factor == "C")
     assert not torch.equal(C, torch.eye(3))
     expected = by_the_cohort(config, own)
@@ -85,7 +86,7 @@ def test_peft_and_the_merged_model_answer_as_the_client_did(kind, targets, train
     untuned = by(base(config), tokenizer)
     assert (expected - untuned).abs().max() > 1e-3
     torch.testing.assert_close(by(loaded, tokenizer), expected, atol=1e-5, rtol=1e-5)
-    tuned.export(folder, CLIENT, tmp_path / "merged", merge=True)
+    finished.export(folder, CLIENT, tmp_path / "merged", merge=True)
     merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
     again = AutoTokenizer.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(by(merged, again), expected, atol=1e-5, rtol=1e-5)
@@ -131,7 +132,7 @@ def _targets(folder) -> list[str]:
 def test_a_head_with_a_target_like_name_comes_back_whole(kind, trained):
     """ "dense" names layers of the backbone and of the head; the head is saved, not adapted."""
     folder, config = trained(kind, targets="dense")
-    own = tuned.open_client(folder, CLIENT).factors
+    own = finished.open_client(folder, CLIENT).factors
     loaded = PeftModel.from_pretrained(base(config), folder / "adapters" / CLIENT)
     tokenizer = AutoTokenizer.from_pretrained(config.model)
     torch.testing.assert_close(by(loaded, tokenizer), by_the_cohort(config, own), atol=1e-5, rtol=1e-5)
@@ -142,7 +143,7 @@ def test_a_head_with_a_target_like_name_comes_back_whole(kind, trained):
 def test_an_exported_adapter_is_a_start_with_the_same_update(kind, alpha, trained, lab, tmp_path):
     """Under another lora_alpha too; seen to fail with B left as it was under alpha = 1.5 (ΔW four times smaller)."""
     folder, _ = trained(kind)
-    own = tuned.open_client(folder, CLIENT).factors
+    own = finished.open_client(folder, CLIENT).factors
     adapter = str(folder / "adapters" / CLIENT)
     built = lab.federation(
         tmp_path / "next", kind=kind, init_adapter=adapter, lora_alpha=alpha, method="fedit", targets="auto"
@@ -166,8 +167,8 @@ def test_pefts_own_adapter_is_a_start(lab, tmp_path):
             value.data = torch.randn(value.shape, generator=rng) / 3
     foreign.save_pretrained(tmp_path / "foreign")
     config = config.model_copy(update={"init_adapter": str(tmp_path / "foreign")})
-    on, tokenizer, head = federation.load_cohort(config, LABELS, 1)
-    first = federation.start(config, on, head, "kaiming")
+    on, tokenizer, head = simulation.load_cohort(config, LABELS, 1)
+    first = simulation.start(config, on, head, "kaiming")
     torch.testing.assert_close(by_the_cohort(config, first), by(foreign, tokenizer), atol=1e-5, rtol=1e-5)
 
 
@@ -204,15 +205,15 @@ def test_an_adapter_of_other_layers_is_refused(trained, lab, tmp_path):
 
 def test_what_exists_is_not_overwritten(trained, tmp_path):
     folder, config = trained("bert")
-    own = tuned.open_client(folder, CLIENT).factors
+    own = finished.open_client(folder, CLIENT).factors
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    on, _, _ = federation.load_cohort(config, LABELS, 1)
+    on, _, _ = simulation.load_cohort(config, LABELS, 1)
     for write in (
-        lambda: export.write_peft(tmp_path / "mine", own, on, alpha=6.0, base_model="m", task_type="SEQ_CLS"),
-        lambda: tuned.export(folder, CLIENT, tmp_path / "mine"),
-        lambda: tuned.export(folder, CLIENT, tmp_path / "mine", merge=True),
-        lambda: tuned.export(folder, CLIENT, tmp_path / "mine" / "thesis.txt"),
+        lambda: peft.write_peft(tmp_path / "mine", own, on, alpha=6.0, base_model="m", task_type="SEQ_CLS"),
+        lambda: finished.export(folder, CLIENT, tmp_path / "mine"),
+        lambda: finished.export(folder, CLIENT, tmp_path / "mine", merge=True),
+        lambda: finished.export(folder, CLIENT, tmp_path / "mine" / "thesis.txt"),
     ):
         with pytest.raises(FedtriError, match="exists already"):
             write()
@@ -221,9 +222,9 @@ def test_what_exists_is_not_overwritten(trained, tmp_path):
 
 def test_an_export_of_the_run_is_the_adapter_that_the_run_left(trained, tmp_path):
     folder, _ = trained("bert")
-    tuned.export(folder, CLIENT, tmp_path / "again")
+    finished.export(folder, CLIENT, tmp_path / "again")
     tensors = [safetensors.torch.load_file(path / "adapter_model.safetensors") for path in (
         tmp_path / "again", folder / "adapters" / CLIENT)]  # fmt: skip
     assert_same(*tensors)
     with pytest.raises(FedtriError, match="no client 'nobody', expected one of client-00, client-01"):
-        tuned.export(folder, "nobody", tmp_path / "nobody")
+        finished.export(folder, "nobody", tmp_path / "nobody")

@@ -16,11 +16,13 @@ from transformers import (
     CLIPModel,
 )
 
-from fedtri import federation, runs, tasks, train, tuned
-from fedtri.cohort import Cohort
+from fedtri import tasks
+from fedtri.adapters.bank import Cohort
 from fedtri.errors import FedtriError
+from fedtri.execution import train
 from fedtri.methods import METHODS
-from fedtri.models import find_targets, head_layers
+from fedtri.models.loading import find_targets, head_layers
+from fedtri.runs import finished, lifecycle, simulation
 from fedtri.tasks import images
 from fedtri.tasks.classes import same_classes
 from tiny import (
@@ -83,14 +85,14 @@ def test_a_cohort_gives_each_client_what_it_gets_alone(method, task, lab, tmp_pa
 
 def run(lab, folder, task: str, **values):
     config = lab.config(**({**kind(lab, task), "rounds": 1, "clients": 2, "out": str(folder)} | values))
-    list(runs.run(config))
+    list(lifecycle.run(config))
     return config
 
 
 def by_the_client(config, folder, batch) -> torch.Tensor:
     """The client's logits as it saw them itself."""
-    found = tuned.open_client(folder, CLIENT)
-    on, processor, _ = federation.load_cohort(config, found.labels, 2)
+    found = finished.open_client(folder, CLIENT)
+    on, processor, _ = simulation.load_cohort(config, found.labels, 2)
     on.write(1, found.factors, config.rank, config.lora_alpha)
     on.route([1] * len(batch["labels"]))
     task = tasks.build(config.task, config.task_options).learning(found.labels, processor)
@@ -142,7 +144,7 @@ def test_prompts_that_cannot_be_are_one_line(values, said, lab, tmp_path):
 def test_classes_whose_prompts_are_the_same_are_named(lab):
     """ "Red" and "red" to a tokenizer without capitals. Seen to fail with the texts compared in place of the tokens."""
     task = tasks.build("image_text")
-    processor = task.load(str(lab.model("clip")), [], federation.models.Weights()).processor
+    processor = task.load(str(lab.model("clip")), [], simulation.models.Weights()).processor
     with pytest.raises(FedtriError, match="classes 'Red' and 'red' make the same tokens of 'a photo of a red'"):
         task.learning(["blue", "Red", "red"], processor)
 
@@ -156,7 +158,7 @@ def test_clip_leaves_as_an_adapter_of_both_towers(lab, tmp_path):
     texts = clip()[2]([f"a photo of a {n}" for n in range(10)], return_tensors="pt", padding=True)
     inputs = {**texts, "pixel_values": batch["pixel_values"]}
     base = CLIPModel.from_pretrained(config.model)
-    tuned.export(tmp_path / "run", CLIENT, tmp_path / "merged", merge=True)
+    finished.export(tmp_path / "run", CLIENT, tmp_path / "merged", merge=True)
     merged = CLIPModel.from_pretrained(tmp_path / "merged")
     with torch.no_grad():
         assert (base(**inputs).logits_per_image - expected).abs().max() > 1e-3
@@ -165,7 +167,7 @@ def test_clip_leaves_as_an_adapter_of_both_towers(lab, tmp_path):
     again = AutoProcessor.from_pretrained(tmp_path / "merged", backend="pil")
     assert again(text="a photo of a 3", images=Image.new("L", (9, 9)))["pixel_values"][0].shape == (3, 8, 8)
     Image.new("L", (30, 20), 40).save(tmp_path / "grey.png")
-    (answer,) = tuned.predict(tmp_path / "run", CLIENT, [str(tmp_path / "grey.png")])
+    (answer,) = finished.predict(tmp_path / "run", CLIENT, [str(tmp_path / "grey.png")])
     assert answer.tuned.split()[0] in "0123456789"
 
 
@@ -182,7 +184,7 @@ def test_peft_and_the_merged_model_see_images_as_the_client_did(lab, tmp_path):
         assert (base(batch["pixel_values"]).logits - expected).abs().max() > 1e-3
         found = PeftModel.from_pretrained(base, adapter).eval()(pixel_values=batch["pixel_values"]).logits
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-        tuned.export(tmp_path / "run", CLIENT, tmp_path / "merged", merge=True)
+        finished.export(tmp_path / "run", CLIENT, tmp_path / "merged", merge=True)
         merged = AutoModelForImageClassification.from_pretrained(tmp_path / "merged")
         torch.testing.assert_close(merged(batch["pixel_values"]).logits, expected, atol=1e-5, rtol=1e-5)
     assert list(merged.config.id2label.values()) == list("0123456789")
@@ -192,12 +194,12 @@ def test_peft_and_the_merged_model_see_images_as_the_client_did(lab, tmp_path):
 def test_a_file_is_classified_and_a_broken_one_is_named(lab, tmp_path):
     run(lab, tmp_path / "run", "image_classification")
     Image.new("L", (30, 20), 40).save(tmp_path / "grey.png")
-    (answer,) = tuned.predict(tmp_path / "run", CLIENT, [str(tmp_path / "grey.png")])
+    (answer,) = finished.predict(tmp_path / "run", CLIENT, [str(tmp_path / "grey.png")])
     name, share = answer.tuned.split()
     assert name in "0123456789"
     assert 0.1 <= float(share) <= 1
     with pytest.raises(FedtriError, match=r"nowhere\.png: cannot be read as an image: .*No such file"):
-        tuned.predict(tmp_path / "run", CLIENT, ["nowhere.png"])
+        finished.predict(tmp_path / "run", CLIENT, ["nowhere.png"])
 
 
 def test_what_the_model_sees_is_what_the_processor_makes(lab, tmp_path):
@@ -281,7 +283,7 @@ def test_a_head_for_other_classes_starts_anew(kind, lab, tmp_path):
         if part.name not in ("config.json", "model.safetensors"):
             (other / part.name).write_bytes(part.read_bytes())
     task = tasks.build("image_classification" if kind == "vit" else "text_classification")
-    weights = federation.models.Weights()
+    weights = simulation.models.Weights()
     assert not task.load(str(other), ["x", "y", "z"], weights).fresh
     assert not task.load(str(other), ["0", "1", "2"], weights).fresh
     assert task.load(str(other), ["z", "y", "x"], weights).fresh == {"classifier.weight", "classifier.bias"}

@@ -14,11 +14,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedtri import checkpoint, client, rundir, runs, server, wire
-from fedtri.cohort import Cohort
+from fedtri.adapters.bank import Cohort
+from fedtri.communication import codec
 from fedtri.config import Config
-from fedtri.federation import Federation
-from fedtri.types import Method, Plan, Reply, ServerState, Task
+from fedtri.federation import client, server
+from fedtri.messages import Reply, Request
+from fedtri.method import Method, Plan
+from fedtri.runs import lifecycle
+from fedtri.runs.simulation import Federation
+from fedtri.state import ServerState
+from fedtri.storage import checkpoint, run_directory
 from tiny import LAWFUL, Lab, assert_same, clients_tensors, effective, rounds
 
 MAIN = ("fedit", "ce_lora")
@@ -45,7 +50,7 @@ def moments(lab: Lab, tmp_path_factory) -> Callable[[str, dict], Moment]:
     def of(method: str, needs: str) -> Moment:
         built = lab.federation(tmp_path_factory.mktemp("moment"), method=method, double=True, **json.loads(needs))
         state = list(rounds(built, rounds=1))[-1].state
-        tasks = server.tasks(built.method, state, built.transport.clients(), state.round, "train")
+        tasks = server.requests(built.method, state, built.transport.clients(), state.round, "train")
         state = server.delivered(state, built.transport.clients())
         return Moment(built, state, [answer.reply for answer in built.transport.exchange(tasks)])
 
@@ -86,7 +91,7 @@ def test_identical_replies_aggregate_to_the_same_update(moment: Moment):
     for reply in replies:
         built.site.store.save(reply.client, mine, "same")
         down = server.downlink(built.method, state, reply.client)
-        held = client.kept(built.site, Task("evaluate", state.round, reply.client, down))
+        held = client.kept(built.site, Request("evaluate", state.round, reply.client, down))
         for layer in built.site.cohort.layout.layers:
             before, after = effective(mine, layer.name, scale), effective(held, layer.name, scale)
             assert before.norm() > 0
@@ -98,14 +103,14 @@ def test_identical_replies_aggregate_to_the_same_update(moment: Moment):
 @everyone
 def test_only_the_plan_travels_and_what_is_counted_was_encoded(method, needs, lab, tmp_path, monkeypatch):
     """Seen to fail with `_train` replying all of `mine`, and with a line that counts the payload, not the buffer."""
-    sent: list[tuple[wire.Message, int]] = []
-    encode = wire.encode
+    sent: list[tuple[codec.Message, int]] = []
+    encode = codec.encode
 
     def listening(message, *args):
         sent.append((message, len(data := encode(message, *args))))
         return data
 
-    monkeypatch.setattr(wire, "encode", listening)
+    monkeypatch.setattr(codec, "encode", listening)
     built = lab.federation(tmp_path, method=method, fraction=0.5, **needs)
     layout, plan = built.site.cohort.layout, built.method.plan
     for progress in rounds(built, rounds=3):
@@ -133,7 +138,7 @@ def test_every_trained_factor_moves_and_no_other(method, needs, lab, tmp_path):
     moved = set()
     for round in range(2):
         before = clients_tensors(built)
-        transport.exchange(server.tasks(built.method, ServerState(round), transport.clients(), round, "train"))
+        transport.exchange(server.requests(built.method, ServerState(round), transport.clients(), round, "train"))
         after = clients_tensors(built)
         learns = set(layout.keys(built.method.plan(round).train))
         for name in transport.clients():
@@ -149,7 +154,7 @@ def test_the_trap_of_a_core_between_a_and_a_frozen_zero(lab, tmp_path):
     built = lab.federation(tmp_path, method="local")
     trap = Method("trap", "", lambda _: Plan.of(train="C"), lambda state, replies: state)
     built.transport.site = replace(built.site, method=trap)
-    built.transport.exchange(server.tasks(trap, ServerState(), built.transport.clients(), 0, "train"))
+    built.transport.exchange(server.requests(trap, ServerState(), built.transport.clients(), 0, "train"))
     for factors in clients_tensors(built).values():
         assert_same(factors, built.site.initial(built.transport.clients()[0]))
 
@@ -208,7 +213,7 @@ def test_workers_side_by_side_change_nothing(method, needs, apart, lab, tmp_path
     """
     found = []
     for count in (1, 2):
-        monkeypatch.setattr("fedtri.workers.forks", lambda: apart == "processes")
+        monkeypatch.setattr("fedtri.execution.workers.forks", lambda: apart == "processes")
         torch.set_num_threads(count)
         built = lab.federation(tmp_path / str(count), method=method, double=True, **needs, **SIDE_BY_SIDE)
         steps: list[tuple[int, int]] = []
@@ -248,11 +253,11 @@ def test_stopped_and_resumed_is_never_stopped(method, needs, where, lab, tmp_pat
     with pytest.raises(KeyboardInterrupt), monkeypatch.context() as patch:
         stop(lab.config(out=str(tmp_path / "run"), **LONG, method=method, **needs), where, patch)
     assert not (tmp_path / "run" / "summary.json").exists()
-    resumed = list(runs.resume(tmp_path / "run"))[-1]
+    resumed = list(lifecycle.resume(tmp_path / "run"))[-1]
     folder, state = never(method, needs)
     assert_same(resumed.state, state)
     assert files(tmp_path / "run") == files(folder)
-    lines = [[{**line, "seconds": 0} for line in rundir.read_rounds(run)] for run in (tmp_path / "run", folder)]
+    lines = [[{**line, "seconds": 0} for line in run_directory.read_rounds(run)] for run in (tmp_path / "run", folder)]
     assert lines[0] == lines[1]
 
 
@@ -266,7 +271,7 @@ def never(lab: Lab, tmp_path_factory):
     @functools.cache
     def run(method: str, needs: str) -> tuple[Path, ServerState]:
         folder = tmp_path_factory.mktemp("never")
-        last = list(runs.run(lab.config(out=str(folder), **LONG, method=method, **json.loads(needs))))[-1]
+        last = list(lifecycle.run(lab.config(out=str(folder), **LONG, method=method, **json.loads(needs))))[-1]
         return folder, last.state
 
     return lambda method, needs: run(method, json.dumps(needs))
@@ -287,7 +292,7 @@ def stop(config: Config, where: str, patch: pytest.MonkeyPatch) -> None:
 
     if where == "between the files of one":
         patch.setattr(checkpoint, "write_atomic", write_but_for_a_manifest)
-    for progress in runs.run(config, runs.Listener(on_step=on_step)):
+    for progress in lifecycle.run(config, lifecycle.Listener(on_step=on_step)):
         if where == "after a round" and progress.round == 1:
             raise KeyboardInterrupt
 

@@ -7,10 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from fedtri import methods, server
+from fedtri import methods
+from fedtri.adapters.layout import FACTORS, Key
 from fedtri.errors import FedtriError
+from fedtri.federation import server
+from fedtri.messages import Mixture, Reply, Sketch
 from fedtri.methods import METHODS
-from fedtri.types import FACTORS, Key, Mixture, Plan, Reply, ServerState, Sketch
+from fedtri.method import Plan
+from fedtri.state import ServerState
 
 CORE = Key("layer", "C")
 EYE = torch.eye(2)

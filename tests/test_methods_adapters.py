@@ -4,12 +4,13 @@ import pytest
 import torch
 from torch import nn
 
-from fedtri import export, federation
-from fedtri.adapter import TriLinear
+from fedtri.adapters.layer import TriLinear
 from fedtri.errors import FedtriError
+from fedtri.execution.routing import Routing
 from fedtri.methods import METHODS, build
-from fedtri.models import Weights
-from fedtri.routing import Routing
+from fedtri.models import peft
+from fedtri.models.loading import Weights
+from fedtri.runs import simulation
 from fedtri.tasks.text_classification import load
 from tiny import rounds
 
@@ -80,14 +81,14 @@ def test_exported_it_loads_in_peft_with_the_same_logits(lab, tmp_path, kind, mod
     factors = site.store.load(name)
     site.cohort.write(0, factors, 3, 6.0)
     mine = _logits(built)
-    export.write_peft(
+    peft.write_peft(
         tmp_path / "out", factors, site.cohort, alpha=6.0, base_model=str(lab.model(model)), task_type="SEQ_CLS"
     )
     plain = load(str(lab.model(model)), built.label_names, Weights()).model
     loaded = peft.PeftModel.from_pretrained(plain, str(tmp_path / "out")).eval()
     torch.testing.assert_close(_logits(built, loaded), mine, atol=1e-5, rtol=0)
     merged = load(str(lab.model(model)), built.label_names, Weights()).model
-    export.merge(merged, factors, site.cohort.layout, 2.0, kind)
+    peft.merge(merged, factors, site.cohort.layout, 2.0, kind)
     torch.testing.assert_close(_logits(built, merged.eval()), mine, atol=1e-5, rtol=0)
 
 
@@ -100,14 +101,14 @@ def test_merging_is_what_the_client_computes(lab, tmp_path, method):
     site.cohort.write(0, factors, 4, 6.0)
     mine = _logits(built)
     merged = load(str(lab.model()), built.label_names, Weights()).model
-    export.merge(merged, factors, site.cohort.layout, 1.5)
+    peft.merge(merged, factors, site.cohort.layout, 1.5)
     torch.testing.assert_close(_logits(built, merged.eval()), mine, atol=1e-5, rtol=0)
     if method != "ravan":
         with pytest.raises(FedtriError, match="--merge"):
-            export.write_peft(tmp_path / "out", factors, site.cohort, alpha=6.0, base_model="x", task_type="SEQ_CLS")
+            peft.write_peft(tmp_path / "out", factors, site.cohort, alpha=6.0, base_model="x", task_type="SEQ_CLS")
 
 
-def _logits(built: federation.Federation, model: nn.Module | None = None) -> torch.Tensor:
+def _logits(built: simulation.Federation, model: nn.Module | None = None) -> torch.Tensor:
     batch = built.site.examples.batch(built.site.splits[built.transport.clients()[0]].test)
     built.site.cohort.route([0] * len(batch["labels"]))
     with torch.no_grad():

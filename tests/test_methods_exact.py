@@ -4,9 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedtri import combine, fidelity, linalg, server
+from fedtri.adapters.layout import Factors, Key
+from fedtri.aggregation import fidelity, means, products
+from fedtri.federation import server
+from fedtri.messages import Reply
 from fedtri.methods import METHODS, build
-from fedtri.types import Factors, Key, Reply, ServerState
+from fedtri.state import ServerState
 
 DOUBLE = {"dtype": torch.float64}
 ALPHA = 6.0
@@ -111,7 +114,7 @@ def drawn(seed: int, ranks: tuple[int, ...] = (2, 2, 2), d_in: int = 5, d_out: i
 
 
 def mean_product(replies: list[Reply], alpha: float | None = None) -> Tensor:
-    weights = combine.example_weights(replies)
+    weights = means.example_weights(replies)
     rank = [r.up[Key("w", "A")].shape[0] for r in replies]
     scales = [1.0 if alpha is None else alpha / r for r in rank]
     return sum((p * s * product(r.up) for p, s, r in zip(weights, scales, replies, strict=True)), torch.zeros(()))
@@ -184,8 +187,8 @@ def test_rho_is_silent_where_no_pair_travels():
 
 
 def test_a_padded_client_changes_no_product():
-    group = combine.pairs(ServerState(alpha=1.0), drawn(seed=1, ranks=(1, 3, 2)))[0]
+    group = means.pairs(ServerState(alpha=1.0), drawn(seed=1, ranks=(1, 3, 2)))[0]
     assert group.A.shape == (1, 3, 3, 5)
     for i, (r, rank) in enumerate(zip(drawn(seed=1, ranks=(1, 3, 2)), (1, 3, 2), strict=True)):
         torch.testing.assert_close(group.scale * group.B[0, i] @ group.A[0, i], product(r.up) / rank)
-    assert linalg.product_norm(group.B, group.A).shape == (1, 3)
+    assert products.product_norm(group.B, group.A).shape == (1, 3)

@@ -3,15 +3,17 @@
 import pytest
 import torch
 
-from fedtri import client, server
-from fedtri.client import personal_id
+from fedtri.adapters.layout import Key
+from fedtri.federation import client, server
+from fedtri.federation.client import personal_id
+from fedtri.messages import Request
 from fedtri.methods import build
-from fedtri.types import Key, ServerState, Task
+from fedtri.state import ServerState
 from tiny import clients_tensors, rounds
 
 
 def first_round(built):
-    tasks = server.tasks(built.method, ServerState(), built.transport.clients(), 0, "train")
+    tasks = server.requests(built.method, ServerState(), built.transport.clients(), 0, "train")
     return {answer.reply.client: answer.reply for answer in built.transport.exchange(tasks)}
 
 
@@ -71,7 +73,7 @@ def test_ravan_sends_its_scalars_inside_the_cores_and_starts_again_at_one(lab, t
         torch.testing.assert_close(reply.up[C][:2], kept[S][0] * kept[C][:2])
         torch.testing.assert_close(reply.up[C][2:], kept[S][1] * kept[C][2:])
         assert not torch.equal(kept[S], torch.ones(2).double())
-        again = client.kept(built.site, Task("train", 1, name, {C: reply.up[C]}))
+        again = client.kept(built.site, Request("train", 1, name, {C: reply.up[C]}))
         assert torch.equal(again[S], torch.ones(2).double())
 
 

@@ -4,11 +4,14 @@ import math
 
 import pytest
 
-from fedtri import fidelity, runs, server
+from fedtri.adapters.layout import Key
+from fedtri.aggregation import fidelity
 from fedtri.errors import FedtriError
-from fedtri.federation import client_ranks
+from fedtri.federation import server
+from fedtri.messages import POOLED
 from fedtri.methods import METHODS, build, networked
-from fedtri.types import POOLED, Key
+from fedtri.runs import lifecycle
+from fedtri.runs.simulation import client_ranks
 from tiny import NEEDS, clients_tensors, rounds
 
 MIXED = [name for name in METHODS if build(name).mixed_ranks]
@@ -17,7 +20,7 @@ MIXED = [name for name in METHODS if build(name).mixed_ranks]
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_runs_two_rounds_with_half_of_the_clients(lab, tmp_path, method):
     config = lab.config(**({"method": method, "fraction": 0.5, "out": str(tmp_path / "run")} | NEEDS.get(method, {})))
-    lines = [progress.line for progress in runs.run(config)]
+    lines = [progress.line for progress in lifecycle.run(config)]
     assert len(lines) == 2
     assert all(math.isfinite(line["loss"]) for line in lines)
     assert (tmp_path / "run" / "summary.json").exists()
@@ -85,7 +88,7 @@ def test_on_real_updates_flora_na_lies_between_fedit_and_the_best_of_its_rank(la
     """ρ against the exact mean, layer by layer, of three ways to combine the very same replies of two rounds."""
     built = lab.federation(tmp_path, method="fedit", learning_rate=0.05)
     state = list(rounds(built, rounds=1))[-1].state
-    tasks = server.tasks(built.method, state, built.transport.clients(), state.round, "train")
+    tasks = server.requests(built.method, state, built.transport.clients(), state.round, "train")
     replies = [answer.reply for answer in built.transport.exchange(tasks)]
     best, na, fedit = (
         fidelity.rho(state, server.server_step(build(name), state, replies), replies)["exact"]

@@ -3,10 +3,12 @@
 import pytest
 import torch
 
-from fedtri import checkpoint, fedopt
+from fedtri.adapters.layout import Key
+from fedtri.aggregation import server_optimizers
 from fedtri.errors import FedtriError
-from fedtri.store import ClientStore
-from fedtri.types import Key, ServerState
+from fedtri.state import ServerState
+from fedtri.storage import checkpoint
+from fedtri.storage.client_store import ClientStore
 from tiny import assert_same, rounds
 
 KEY = Key("w", "A")
@@ -24,19 +26,23 @@ def moved(step, *averages: float) -> list[float]:
 
 def test_fedavgm_adds_half_of_the_last_move():
     """Round 2 moves by 1; round 3 by 1 and half of that; where averages are of what was shared."""
-    step = fedopt.optimizer("fedavgm", learning_rate=1.0, betas=(0.5, 0.0))
+    step = server_optimizers.optimizer("fedavgm", learning_rate=1.0, betas=(0.5, 0.0))
     assert moved(step, 0.0, 1.0, 2.0) == [0.0, 1.0, 2.5]
 
 
 def test_fedavgm_without_momentum_is_the_average():
-    assert moved(fedopt.optimizer("fedavgm", learning_rate=1.0, betas=(0.0, 0.0)), 3.0, 1.0, 7.0) == [3.0, 1.0, 7.0]
+    assert moved(server_optimizers.optimizer("fedavgm", learning_rate=1.0, betas=(0.0, 0.0)), 3.0, 1.0, 7.0) == [
+        3.0,
+        1.0,
+        7.0,
+    ]
 
 
 def test_fedadam_moves_by_the_learning_rate():
     """With β = 0, m = Δ and √v = |Δ|: the step is η |Δ| / (|Δ| + τ), in Δ's direction."""
-    step = fedopt.optimizer("fedadam", learning_rate=0.1, betas=(0.0, 0.0))
-    assert moved(step, 0.0, 4.0)[-1] == pytest.approx(0.1 * 4 / (4 + fedopt.TAU))
-    assert moved(step, 0.0, -4.0)[-1] == pytest.approx(-0.1 * 4 / (4 + fedopt.TAU))
+    step = server_optimizers.optimizer("fedadam", learning_rate=0.1, betas=(0.0, 0.0))
+    assert moved(step, 0.0, 4.0)[-1] == pytest.approx(0.1 * 4 / (4 + server_optimizers.TAU))
+    assert moved(step, 0.0, -4.0)[-1] == pytest.approx(-0.1 * 4 / (4 + server_optimizers.TAU))
 
 
 @pytest.mark.parametrize("name", ["fedavgm", "fedadam"])

@@ -5,11 +5,11 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from fedtri import models
-from fedtri.cohort import Cohort
+from fedtri.adapters.bank import Cohort
+from fedtri.adapters.initial import initial_factors
 from fedtri.errors import FedtriError
-from fedtri.factors import initial_factors
-from fedtri.mixed import ROWS, gradient, product
+from fedtri.execution.mixed import ROWS, gradient, product
+from fedtri.models import loading
 from test_packing import SLOTS, batch
 from tiny import SIZES, Lab, assert_same, classifier, clients_tensors, rounds
 
@@ -19,9 +19,9 @@ KINDS = frozenset("ACBH")
 def cohort_of(kind: str, *, mixed_precision: bool, targets: str = "auto") -> Cohort:
     torch.manual_seed(0)
     model = classifier(kind)
-    head = models.initial_head(model, models.head_layers(model), set(), 0)
+    head = loading.initial_head(model, loading.head_layers(model), set(), 0)
     on = Cohort(
-        model, targets=models.find_targets(model, targets), head=models.head_layers(model), clients=2, rank=2,
+        model, targets=loading.find_targets(model, targets), head=loading.head_layers(model), clients=2, rank=2,
         mixed_precision=mixed_precision,
     )  # fmt: skip
     for slot in (0, 1):

@@ -14,9 +14,9 @@ from transformers import (
     ViTForImageClassification,
 )
 
+from fedtri.adapters.layout import Key
 from fedtri.errors import FedtriError
-from fedtri.models import EMBEDDED, find_targets, head_layers, initial_head, locate
-from fedtri.types import Key
+from fedtri.models.loading import EMBEDDED, find_targets, head_layers, initial_head, locate
 from tiny import DECODERS, SIZES, classifier
 
 WIDTHS = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}

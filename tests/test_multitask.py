@@ -8,11 +8,11 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification, AutoTokenizer
 
-from fedtri import runs, tuned
-from fedtri.cohort import Cohort
+from fedtri.adapters.bank import Cohort
+from fedtri.adapters.layout import Key
 from fedtri.errors import FedtriError
 from fedtri.methods import METHODS, build
-from fedtri.types import Key
+from fedtri.runs import finished, lifecycle
 from tiny import DIGITS, LABELS, NEEDS, assert_same, clients_tensors, rounds, training_loss
 
 OWN = {"labels": "own", "head": "personal"}
@@ -90,12 +90,12 @@ def test_what_is_read_is_what_was_written(lab, tmp_path):
 
 def test_a_run_stopped_and_resumed_keeps_every_clients_classes(lab, tmp_path):
     config = lab.config(**{**VISION, "method": "ce_lora", "rounds": 3, "out": str(tmp_path / "run")})
-    for _ in zip(runs.run(config), range(1), strict=False):
+    for _ in zip(lifecycle.run(config), range(1), strict=False):
         pass
-    list(runs.resume(tmp_path / "run"))
-    list(runs.run(config.model_copy(update={"out": str(tmp_path / "never")})))
+    list(lifecycle.resume(tmp_path / "run"))
+    list(lifecycle.run(config.model_copy(update={"out": str(tmp_path / "never")})))
     for client in ("client-00", "client-03"):
-        resumed, never = (tuned.open_client(tmp_path / name, client) for name in ("run", "never"))
+        resumed, never = (finished.open_client(tmp_path / name, client) for name in ("run", "never"))
         assert_same(resumed.factors, never.factors)
         assert resumed.own == never.own
 
@@ -103,16 +103,18 @@ def test_a_run_stopped_and_resumed_keeps_every_clients_classes(lab, tmp_path):
 def test_each_client_leaves_with_a_head_of_its_own_classes(lab, tmp_path):
     """In its adapter, in the merged model, and in what it answers. Seen to fail with the names of all classes."""
     config = lab.config(**{**VISION, "method": "fedit", "rounds": 1, "out": str(tmp_path / "run")})
-    list(runs.run(config))
+    list(lifecycle.run(config))
     examples = lab.federation(tmp_path / "x", **VISION, method="fedit").site.examples
     batch = examples.batch(np.arange(6))
     found = {}
     for client in ("client-00", "client-01", "client-02", "client-03"):
         adapter = tmp_path / "run" / "adapters" / client
         names = json.loads((adapter / "labels.json").read_text())
-        tuned.export(tmp_path / "run", client, tmp_path / client, merge=True)
+        finished.export(tmp_path / "run", client, tmp_path / client, merge=True)
         merged = AutoModelForImageClassification.from_pretrained(tmp_path / client)
-        assert list(merged.config.id2label.values()) == names == list(tuned.open_client(tmp_path / "run", client).own)
+        assert (
+            list(merged.config.id2label.values()) == names == list(finished.open_client(tmp_path / "run", client).own)
+        )
         base = AutoModelForImageClassification.from_pretrained(
             config.model, num_labels=len(names), ignore_mismatched_sizes=True
         )
@@ -126,16 +128,16 @@ def test_each_client_leaves_with_a_head_of_its_own_classes(lab, tmp_path):
 
 def test_texts_are_answered_with_the_clients_own_classes(lab, tmp_path):
     """What predict says is what the merged model says."""
-    list(runs.run(lab.config(**{**TEXT, "method": "fedit", "rounds": 1, "out": str(tmp_path / "run")})))
+    list(lifecycle.run(lab.config(**{**TEXT, "method": "fedit", "rounds": 1, "out": str(tmp_path / "run")})))
     texts = ["a big cat", "the slate and the marble", "moss", "oak"]
     seen = set()
     for client in ("client-00", "client-01", "client-02"):
-        own = tuned.open_client(tmp_path / "run", client).own
+        own = finished.open_client(tmp_path / "run", client).own
         assert len(own) == 2
-        answers = [answer.tuned.split() for answer in tuned.predict(tmp_path / "run", client, texts)]
+        answers = [answer.tuned.split() for answer in finished.predict(tmp_path / "run", client, texts)]
         assert {name for name, _ in answers} <= set(own) < set(LABELS)
         assert all(float(share) >= 0.5 for _, share in answers)
-        tuned.export(tmp_path / "run", client, tmp_path / client, merge=True)
+        finished.export(tmp_path / "run", client, tmp_path / client, merge=True)
         merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / client)
         inputs = AutoTokenizer.from_pretrained(tmp_path / client)(texts, return_tensors="pt", padding=True)
         with torch.no_grad():

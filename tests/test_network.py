@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 import network
-from fedtri import federation
+from fedtri.communication.in_process import LocalTransport
 from fedtri.deploy import certificates
 from fedtri.deploy.door import fingerprint
-from fedtri.store import ClientStore
-from fedtri.transport.local import LocalTransport
-from fedtri.types import Answer, Failure, Task
+from fedtri.messages import Answer, Failure, Request
+from fedtri.runs import simulation
+from fedtri.storage.client_store import ClientStore
 from network import CLIENTS, Network, wait_for
 from tiny import assert_same, clients_tensors, rounds
 
@@ -47,7 +47,7 @@ def _nothing_left_running(net: Network) -> Iterator[None]:
 def assert_as_local(net: Network, out: Path, config, tmp_path: Path) -> None:
     """What every site holds is, bit for bit, what its client holds in one process that trains a client at a time."""
     data = network.together(net, tmp_path / "all.csv")
-    built = federation.build(network.locally(config, data), ClientStore(tmp_path / "local"))
+    built = simulation.build(network.locally(config, data), ClientStore(tmp_path / "local"))
     list(rounds(built))
     assert_same(net.kept(out), clients_tensors(built))
 
@@ -91,7 +91,7 @@ class Missing(LocalTransport):
         super().__init__(real.site, real.dtype)
         self.lines = lines
 
-    def exchange(self, tasks: Sequence[Task]) -> list[Answer | Failure]:
+    def exchange(self, tasks: Sequence[Request]) -> list[Answer | Failure]:
         there = {task.client for task in tasks}
         if tasks[0].phase == "train":
             there = network.trained(self.lines[tasks[0].round])
@@ -141,7 +141,7 @@ def test_a_site_killed_and_one_that_hangs_miss_a_round_and_go_on_from_their_own_
     assert any(said in line.get("refused", []) for line in lines)
     assert all(fingerprint(stranger) in (out / name).read_text() for name in ("run.log", "report.html"))
     assert "certificate verify failed" in net.log(tmp_path / "ca.crt")
-    built = federation.build(
+    built = simulation.build(
         network.locally(config, network.together(net, tmp_path / "all.csv")), ClientStore(tmp_path / "local")
     )
     list(rounds(replace(built, transport=Missing(built.transport, lines))))

@@ -5,11 +5,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedtri import models, packing
-from fedtri.cohort import Cohort
-from fedtri.factors import initial_factors
-from fedtri.packing import _for_attention, _for_layers
-from fedtri.routing import Routing
+from fedtri.adapters.bank import Cohort
+from fedtri.adapters.initial import initial_factors
+from fedtri.execution import packing
+from fedtri.execution.packing import _for_attention, _for_layers
+from fedtri.execution.routing import Routing
+from fedtri.models import loading
 from tiny import SIZES, classifier
 
 LENGTHS = [9, 3, 5, 4, 4, 12]
@@ -21,9 +22,9 @@ PACKED = {"bert", "roberta", "distilbert", "gpt2", "llama", "mistral", "qwen2", 
 def cohort_of(kind: str, targets: str = "auto", layers: str = "all", attention: str = "sdpa") -> Cohort:
     model = classifier(kind).double()
     model.set_attn_implementation(attention)
-    head = models.initial_head(model, models.head_layers(model), set(), 0)
+    head = loading.initial_head(model, loading.head_layers(model), set(), 0)
     on = Cohort(
-        model, targets=models.find_targets(model, targets, layers), head=models.head_layers(model), clients=2, rank=2
+        model, targets=loading.find_targets(model, targets, layers), head=loading.head_layers(model), clients=2, rank=2
     )
     for slot in (0, 1):
         factors = {
@@ -77,7 +78,7 @@ def test_nor_do_tokens_that_nobody_reads_or_wide_rows_change_them(kind, way, mon
     on = cohort_of(kind)
     padded = logits_and_gradients(on, False)
     on.packing.multiple = 64 if way == "filled up" else 1
-    monkeypatch.setattr("fedtri.attention.WRITTEN_OUT", 96 if way == "filled up" else 0)
+    monkeypatch.setattr("fedtri.execution.attention.WRITTEN_OUT", 96 if way == "filled up" else 0)
     torch.testing.assert_close(padded, logits_and_gradients(on, True), atol=1e-10, rtol=1e-9)
 
 

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from fedtri import models, prefix
-from fedtri.cohort import Cohort
+from fedtri.adapters.bank import Cohort
 from fedtri.errors import FedtriError
-from fedtri.routing import Routing
+from fedtri.execution import prefix
+from fedtri.execution.routing import Routing
+from fedtri.models import loading
 from test_packing import SLOTS, batch, cohort_of
 from tiny import SIZES, assert_same, classifier, clients_tensors, rounds
 
@@ -171,9 +172,9 @@ def test_nonsense_is_one_line(layers, said, lab, tmp_path):
 def test_last_layers_without_targets_are_refused():
     model = classifier("bert")
     with pytest.raises(FedtriError, match='"last:1" leaves none of the targets'):
-        models.find_targets(model, r"bert\.encoder\.layer\.0\..*query", "last:1")
-    assert models.find_targets(model, "auto", "last:2") == models.find_targets(model, "auto")
-    assert models.find_targets(model, "auto", "last:1") == [
+        loading.find_targets(model, r"bert\.encoder\.layer\.0\..*query", "last:1")
+    assert loading.find_targets(model, "auto", "last:2") == loading.find_targets(model, "auto")
+    assert loading.find_targets(model, "auto", "last:1") == [
         f"bert.encoder.layer.1.attention.self.{name}" for name in ("query", "value")
     ]
 

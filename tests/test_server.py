@@ -8,9 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from fedtri import combine, methods, server
-from fedtri.server import Expectation
-from fedtri.types import Key, Layer, Layout, Method, Mixture, Plan, Reply, ServerState, Sketch
+from fedtri import methods
+from fedtri.adapters.layout import Key, Layer, Layout
+from fedtri.aggregation import means
+from fedtri.federation import server
+from fedtri.federation.server import Expectation
+from fedtri.messages import Mixture, Reply, Sketch
+from fedtri.method import Method, Plan
+from fedtri.state import ServerState
 from tiny import assert_same
 
 LAYOUT = Layout((Layer("one", 3, 2), Layer("two", 3, 3)), (("head.bias", (2,)),))
@@ -49,12 +54,12 @@ def test_a_fraction_is_rounded_half_up_and_somebody_always_takes_part(fraction, 
 def test_the_mean_is_weighted_by_examples():
     """1 · 1/4 + 5 · 3/4 = 4. Seen to fail with equal weights (3) and with the first client's factors alone (1)."""
     replies = [reply("a", "AB", 1, examples=10), reply("b", "AB", 5, examples=30)]
-    torch.testing.assert_close(combine.example_weights(replies), torch.tensor([0.25, 0.75], dtype=torch.float64))
-    found = combine.mean(replies, frozenset("A"))
+    torch.testing.assert_close(means.example_weights(replies), torch.tensor([0.25, 0.75], dtype=torch.float64))
+    found = means.mean(replies, frozenset("A"))
     assert set(found) == set(LAYOUT.keys(frozenset("A")))
     torch.testing.assert_close(found[A], torch.full((2, 3), 4.0))
     torch.testing.assert_close(
-        combine.mean(replies, frozenset("A"), torch.tensor([0.5, 0.5]))[A], torch.full((2, 3), 3.0)
+        means.mean(replies, frozenset("A"), torch.tensor([0.5, 0.5]))[A], torch.full((2, 3), 3.0)
     )
 
 
@@ -95,7 +100,7 @@ def test_a_client_is_sent_what_changed_since_it_was_last_sent_anything():
     everyone = ["a", "b", "c"]
     sent = {}
     for round, present in enumerate((["a"], ["a"], ["a"], ["a", "b"])):
-        for task in server.tasks(method, state, present, round, "train"):
+        for task in server.requests(method, state, present, round, "train"):
             sent[round, task.client] = {key.factor for key in task.down}
         state = server.delivered(state, present)
         state = server.server_step(method, state, [reply(c, "BH" if round % 2 == 0 else "AH") for c in present])
@@ -106,30 +111,32 @@ def test_a_client_is_sent_what_changed_since_it_was_last_sent_anything():
         (3, "a"): {"B", "H"},
         (3, "b"): {"A", "B", "H"},
     }
-    last = {task.client: {k.factor for k in task.down} for task in server.tasks(method, state, everyone, 4, "evaluate")}
+    last = {
+        task.client: {k.factor for k in task.down} for task in server.requests(method, state, everyone, 4, "evaluate")
+    }
     assert last == {"a": {"A", "H"}, "b": {"A", "H"}, "c": {"A", "B", "H"}}
     state = server.delivered(state, everyone)
-    assert not any(task.down for task in server.tasks(method, state, everyone, 4, "train"))
+    assert not any(task.down for task in server.requests(method, state, everyone, 4, "train"))
 
 
 def test_a_personal_tensor_comes_over_the_shared_one_and_only_once():
     method = Method("both", "", lambda _: Plan.of("AC", "AC", "AC"), lambda state, replies: state)
     state = ServerState(round=3)
-    state = combine.share(state, {A: torch.zeros(2, 3), C: torch.zeros(2, 2)})
-    state = combine.personalise(state, {"b": {C: torch.ones(2, 2)}})
+    state = means.share(state, {A: torch.zeros(2, 3), C: torch.zeros(2, 2)})
+    state = means.personalise(state, {"b": {C: torch.ones(2, 2)}})
     assert_same(server.downlink(method, state, "a"), {A: torch.zeros(2, 3), C: torch.zeros(2, 2)})
     assert_same(server.downlink(method, state, "b"), {A: torch.zeros(2, 3), C: torch.ones(2, 2)})
     state = server.delivered(state, ["b"]).with_(round=4)
     assert not server.downlink(method, state, "b")
-    state = combine.personalise(state, {"b": {C: torch.ones(2, 2)}})
+    state = means.personalise(state, {"b": {C: torch.ones(2, 2)}})
     assert set(server.downlink(method, state, "b")) == {C}
 
 
 def test_nothing_but_the_plans_down_comes_down():
     method = Method("narrow", "", lambda _: Plan.of("AC", "AC", "C"), lambda state, replies: state)
-    state = combine.share(ServerState(round=1), {A: torch.zeros(2, 3), C: torch.zeros(2, 2)})
+    state = means.share(ServerState(round=1), {A: torch.zeros(2, 3), C: torch.zeros(2, 2)})
     assert set(server.downlink(method, state, "a")) == {C}
-    assert [task.down for task in server.tasks(method, state, ["a"], 1, "sketch")] == [{}]
+    assert [task.down for task in server.requests(method, state, ["a"], 1, "sketch")] == [{}]
 
 
 def spoil(value: float):

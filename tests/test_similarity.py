@@ -7,9 +7,9 @@ import ot
 import pytest
 import torch
 
-from fedtri import similarity as sim
 from fedtri.errors import FedtriError
-from fedtri.types import Mixture, Sketch
+from fedtri.messages import Mixture, Sketch
+from fedtri.similarity import distances as sim
 
 
 def mixture(weights, means, deviations) -> Mixture:

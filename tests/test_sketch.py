@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load, save
 
-from fedtri import sketch
 from fedtri.errors import FedtriError
-from fedtri.types import Mixture, Sketch
+from fedtri.messages import Mixture, Sketch
+from fedtri.similarity import sketches
 
 
 def features(n: int, d: int = 4, seed: int = 0) -> np.ndarray:
@@ -24,7 +24,7 @@ def assert_same(a: Sketch, b: Sketch) -> None:
 
 
 def test_five_numbers_by_hand():
-    found = sketch.fit(np.arange(5.0)[:, None], np.zeros(5, int), classes=1, seed=0)
+    found = sketches.fit(np.arange(5.0)[:, None], np.zeros(5, int), classes=1, seed=0)
     (mixture,) = found.mixtures.values()
     assert found.counts.tolist() == [5]
     assert (mixture.weights.tolist(), mixture.means.tolist()) == ([1.0], [[2.0]])
@@ -32,7 +32,7 @@ def test_five_numbers_by_hand():
 
 
 def test_without_labels_everything_is_one_class():
-    found = sketch.fit(features(40), None, classes=1, seed=0)
+    found = sketches.fit(features(40), None, classes=1, seed=0)
     assert found.counts.tolist() == [40]
     assert list(found.mixtures) == [0]
 
@@ -42,24 +42,24 @@ def test_a_class_of_few_examples_is_not_sent():
     labels = np.repeat([0, 1, 2], [20, 4, 10])
     z = features(34)
     z[24:] = z[24] * (1 + 1e-6 * features(10))  # as other passes round them
-    found = sketch.fit(z, labels, classes=4, seed=0)
+    found = sketches.fit(z, labels, classes=4, seed=0)
     assert found.counts.tolist() == [20, 0, 0, 0]
     assert list(found.mixtures) == [0]
-    assert not any(row.tobytes() in sketch.encode(found) for row in z)
+    assert not any(row.tobytes() in sketches.encode(found) for row in z)
 
 
 def test_no_component_stands_for_fewer_than_the_smallest_class():
     """An outlier's own component would be that example; seen to fail without the refit with fewer components."""
     z = features(40)
     z[0] += 100
-    (mixture,) = sketch.fit(z, None, classes=1, seed=0).mixtures.values()
+    (mixture,) = sketches.fit(z, None, classes=1, seed=0).mixtures.values()
     assert mixture.weights.min() * len(z) >= 5 - 1e-4
     assert np.abs(mixture.means - z[0]).max(1).min() > 1
 
 
 @pytest.mark.parametrize(("n", "most"), [(5, 1), (9, 1), (14, 2), (200, 3)])
 def test_small_classes_have_fewer_components(n, most):
-    (mixture,) = sketch.fit(features(n), None, classes=1, seed=0).mixtures.values()
+    (mixture,) = sketches.fit(features(n), None, classes=1, seed=0).mixtures.values()
     assert 1 <= len(mixture.weights) <= most
 
 
@@ -68,13 +68,13 @@ def test_same_seed_same_sketch_and_nothing_is_printed():
     z[labels == 1] = np.round(z[labels == 1])  # many equal rows make k-means complain
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert_same(*(sketch.fit(z, labels, classes=3, seed=7) for _ in range(2)))
+        assert_same(*(sketches.fit(z, labels, classes=3, seed=7) for _ in range(2)))
 
 
 def test_constant_features_keep_positive_variances():
     z = features(20)
     z[:, 0] = 3
-    (mixture,) = sketch.fit(z, None, classes=1, seed=0).mixtures.values()
+    (mixture,) = sketches.fit(z, None, classes=1, seed=0).mixtures.values()
     assert (mixture.variances > 0).all()
 
 
@@ -85,29 +85,29 @@ def test_constant_features_keep_positive_variances():
 def test_bad_input_is_named(change, message):
     given = {"features": features(9, 2), "labels": np.zeros(9, int)} | change
     with pytest.raises(FedtriError, match=message):
-        sketch.fit(**given, classes=2, seed=0)
+        sketches.fit(**given, classes=2, seed=0)
 
 
 def test_the_wire_brings_back_the_same_sketch():
     labels = np.repeat([0, 1, 3], [50, 3, 20])
-    said = sketch.fit(features(73), labels, classes=4, seed=0)
-    data = sketch.encode(said)
+    said = sketches.fit(features(73), labels, classes=4, seed=0)
+    data = sketches.encode(said)
     total = sum(len(m.weights) for m in said.mixtures.values())
     assert len(data) <= 4 * (2 * 4 + total * (1 + 2 * 4)) + 400
-    assert_same(sketch.decode(data, classes=4, d=4), said)
+    assert_same(sketches.decode(data, classes=4, d=4), said)
 
 
 def test_an_empty_sketch_travels():
-    said = sketch.fit(features(6), np.arange(6) % 3, classes=3, seed=0)
+    said = sketches.fit(features(6), np.arange(6) % 3, classes=3, seed=0)
     assert not said.mixtures
-    assert_same(sketch.decode(sketch.encode(said), classes=3, d=4), said)
+    assert_same(sketches.decode(sketches.encode(said), classes=3, d=4), said)
 
 
 def honest() -> dict[str, np.ndarray]:
     """Two classes of two described, in two dimensions: 2 and 1 components."""
     one = Mixture(*(np.array(a, np.float32) for a in ([0.25, 0.75], [[0, 1], [2, 3]], [[1, 1], [2, 2]])))
     two = Mixture(*(np.array(a, np.float32) for a in ([1.0], [[4, 5]], [[3, 3]])))
-    return load(sketch.encode(Sketch(np.array([8, 5], np.int32), {0: one, 1: two})))
+    return load(sketches.encode(Sketch(np.array([8, 5], np.int32), {0: one, 1: two})))
 
 
 @pytest.mark.parametrize(
@@ -138,19 +138,19 @@ def honest() -> dict[str, np.ndarray]:
 )
 def test_a_hostile_sketch_is_refused_in_one_line(name, value):
     arrays = honest()
-    sketch.decode(save(arrays), classes=2, d=2)
+    sketches.decode(save(arrays), classes=2, d=2)
     arrays = {k: v for k, v in (arrays | {name: value}).items() if v is not None}
     with pytest.raises(FedtriError, match=r"^sketch: .*$") as caught:
-        sketch.decode(save(arrays), classes=2, d=2)
+        sketches.decode(save(arrays), classes=2, d=2)
     assert "\n" not in str(caught.value)
 
 
 def test_too_many_components_or_bytes_are_refused():
     data = save(honest())
     with pytest.raises(FedtriError, match=r"0\.\.1 components"):
-        sketch.decode(data, classes=2, d=2, components=1)
+        sketches.decode(data, classes=2, d=2, components=1)
     with pytest.raises(FedtriError, match="at most"):
-        sketch.decode(data + bytes(2000), classes=2, d=2)
+        sketches.decode(data + bytes(2000), classes=2, d=2)
 
 
 def test_any_bytes_are_a_sketch_or_an_error():
@@ -162,7 +162,7 @@ def test_any_bytes_are_a_sketch_or_an_error():
     refused = 0
     for bad in broken:
         try:
-            sketch.decode(bad, classes=2, d=2)
+            sketches.decode(bad, classes=2, d=2)
         except FedtriError:
             refused += 1
     assert len(data) <= refused < len(broken)

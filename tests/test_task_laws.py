@@ -8,8 +8,9 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
-from fedtri import federation, runs, train, tuned
+from fedtri.execution import train
 from fedtri.methods import METHODS
+from fedtri.runs import finished, lifecycle, simulation
 from tiny import NEEDS, assert_same, clients_tensors, rounds
 
 LANGUAGE = ("llama", "qwen2", "gpt2")
@@ -34,7 +35,7 @@ def needed(method: str) -> dict[str, Any]:
     return FAST | FASTER.get(method, {}) | NEEDS.get(method, {})
 
 
-def learns(built: federation.Federation) -> None:
+def learns(built: simulation.Federation) -> None:
     """Two rounds, half of the clients in each, with finite numbers and a test loss below the untrained model's."""
     began = start(built)
     lines = [progress.line for progress in rounds(built, fraction=0.5)]
@@ -44,7 +45,7 @@ def learns(built: federation.Federation) -> None:
     assert lines[-1]["test_loss"]["mean"] < began
 
 
-def start(built: federation.Federation) -> float:
+def start(built: simulation.Federation) -> float:
     """The mean test loss before anything was learned."""
     site, losses = built.site, []
     for client in built.transport.clients():
@@ -78,9 +79,9 @@ def test_a_cohort_gives_each_client_what_it_gets_alone(of, values, lab, tmp_path
 def test_stopped_and_resumed_is_never_stopped(of, lab, tmp_path):
     """Seen to fail with a seed of the batches that leaves out the round."""
     whole, broken = (getattr(lab, of)(out=str(tmp_path / name), rounds=3) for name in ("whole", "broken"))
-    expected = list(runs.run(whole))[-1]
-    next(iter(runs.run(broken)))
-    found = list(runs.resume(tmp_path / "broken"))[-1]
+    expected = list(lifecycle.run(whole))[-1]
+    next(iter(lifecycle.run(broken)))
+    found = list(lifecycle.resume(tmp_path / "broken"))[-1]
     assert_same(found.state, expected.state)
     for adapter in sorted((tmp_path / "whole" / "adapters").glob("*/*.safetensors")):
         again = tmp_path / "broken" / adapter.relative_to(tmp_path / "whole")
@@ -94,9 +95,9 @@ EXPORTED = [("language", AutoModelForCausalLM, {"kind": kind}) for kind in LANGU
 def test_peft_and_the_merged_model_answer_as_the_client_did(of, auto, values, lab, tmp_path):
     """Seen to fail with B in place of B·C."""
     config = getattr(lab, of)(out=str(tmp_path / "run"), rounds=1, clients=2, **FAST, **values)
-    list(runs.run(config))
-    own = tuned.open_client(tmp_path / "run", "client-01")
-    on, _, _ = federation.load_cohort(config, own.labels, 2)
+    list(lifecycle.run(config))
+    own = finished.open_client(tmp_path / "run", "client-01")
+    on, _, _ = simulation.load_cohort(config, own.labels, 2)
     on.write(1, own.factors, config.rank, config.lora_alpha)
     on.route([1, 1])
     ids = torch.tensor([[2, 8, 9, 20], [2, 21, 30, 7]])
@@ -106,7 +107,7 @@ def test_peft_and_the_merged_model_answer_as_the_client_did(of, auto, values, la
         expected, before = on.model(input_ids=ids).logits, untuned(input_ids=ids).logits
         loaded = PeftModel.from_pretrained(untuned, tmp_path / "run" / "adapters" / "client-01").eval()
         torch.testing.assert_close(loaded(input_ids=ids).logits, expected, atol=1e-5, rtol=1e-5)
-        tuned.export(tmp_path / "run", "client-01", tmp_path / "merged", merge=True)
+        finished.export(tmp_path / "run", "client-01", tmp_path / "merged", merge=True)
         merged = auto.from_pretrained(tmp_path / "merged").eval()
         torch.testing.assert_close(merged(input_ids=ids).logits, expected, atol=1e-5, rtol=1e-5)
     assert (expected - before).abs().max() > 1e-3

@@ -6,10 +6,11 @@ import json
 import pytest
 import torch
 
-from fedtri import runs, tasks
+from fedtri import tasks
 from fedtri.config import Columns
 from fedtri.data.pool import ROLES
 from fedtri.errors import FedtriError
+from fedtri.runs import lifecycle
 from fedtri.tasks import TASKS, Examples, LearningTask
 from tiny import rounds
 
@@ -54,7 +55,7 @@ def test_further_metrics_stand_in_the_log_and_in_the_summary(lab, tmp_path, monk
 
     monkeypatch.setattr(TextClassification, "more_metrics", more)
     config = lab.config(out=str(tmp_path / "run"), method="fedit")
-    lines = [progress.line for progress in runs.run(config)]
+    lines = [progress.line for progress in lifecycle.run(config)]
     found = lines[-1]["metrics"]
     assert set(found) == {"perplexity", "perplexity_local", "rows", "rows_local"}
     assert (found["perplexity"]["best"], found["perplexity"]["worst"]) == (10.0, 13.0)

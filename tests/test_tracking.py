@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from fedtri import tracking
 from fedtri.errors import FedtriError
+from fedtri.runs import tracking
 
 LINE = {
     "round": 1,

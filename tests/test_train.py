@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 
-from fedtri import train
-from fedtri.train import Optimization, Work, micro_batches, minibatches
-from fedtri.types import Key
+from fedtri.adapters.layout import Key
+from fedtri.execution import train
+from fedtri.execution.train import Optimization, Work, micro_batches, minibatches
 from tiny import assert_same
 
 KINDS = frozenset("ABH")

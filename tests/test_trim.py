@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fedtri import routing, trim
+from fedtri.execution import routing, trim
 from test_packing import SLOTS, batch, cohort_of
 from tiny import SIZES, classifier
 

@@ -6,8 +6,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from fedtri import federation, runs, tuned
 from fedtri.errors import FedtriError
+from fedtri.runs import finished, lifecycle, simulation
 from tiny import llava, rounds
 
 CLIENT = "client-01"
@@ -102,9 +102,9 @@ def test_answers_are_generated_with_the_image_at_hand(lab, tmp_path):
 
 def test_peft_and_the_merged_model_answer_as_the_client_did(lab, tmp_path):
     config = lab.config(**asked(lab, out=str(tmp_path / "run"), rounds=1, clients=2, steps=4, learning_rate=1e-2))
-    list(runs.run(config))
-    own = tuned.open_client(tmp_path / "run", CLIENT)
-    on, _, _ = federation.load_cohort(config, own.labels, 2)
+    list(lifecycle.run(config))
+    own = finished.open_client(tmp_path / "run", CLIENT)
+    on, _, _ = simulation.load_cohort(config, own.labels, 2)
     on.write(1, own.factors, config.rank, config.lora_alpha)
     on.route([1, 1])
     batch = lab.federation(tmp_path / "x", **asked(lab)).site.examples.batch(np.array([0, 4]))
@@ -115,7 +115,7 @@ def test_peft_and_the_merged_model_answer_as_the_client_did(lab, tmp_path):
         expected, before = on.model(**inputs).logits, untuned(**inputs).logits
         loaded = PeftModel.from_pretrained(untuned, tmp_path / "run" / "adapters" / CLIENT).eval()
         torch.testing.assert_close(loaded(**inputs).logits, expected, atol=1e-4, rtol=1e-4)
-        tuned.export(tmp_path / "run", CLIENT, tmp_path / "merged", merge=True)
+        finished.export(tmp_path / "run", CLIENT, tmp_path / "merged", merge=True)
         merged = LlavaForConditionalGeneration.from_pretrained(tmp_path / "merged").eval()
         torch.testing.assert_close(merged(**inputs).logits, expected, atol=1e-4, rtol=1e-4)
     assert (expected - before).abs().max() > 1e-3

@@ -4,8 +4,9 @@ import io
 
 from rich.console import Console
 
-from fedtri import rundir, watch
+from fedtri.cli import watch
 from fedtri.report import reading
+from fedtri.storage import run_directory
 from report import synthetic
 
 
@@ -23,7 +24,7 @@ def test_a_finished_run(tmp_path):
 def test_an_interrupted_run_says_how_to_go_on(tmp_path):
     folder = synthetic.write(tmp_path / "run", rounds=5, finished=False)
     assert "stopped; `fedtri resume" in shown(folder)
-    with rundir.locked(folder):
+    with run_directory.locked(folder):
         assert watch.running(folder)
         assert "running, about" in shown(folder)
     assert not watch.running(folder)

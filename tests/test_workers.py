@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from fedtri import workers
 from fedtri.errors import FedtriError
-from fedtri.workers import Worker, empty_shared, shared, side_by_side
+from fedtri.execution import workers
+from fedtri.execution.workers import Worker, empty_shared, shared, side_by_side
 
 FORKS = sys.platform == "linux"
 
@@ -118,7 +118,7 @@ def test_shared_memory_keeps_what_workers_write(two):
 
 ORPHANS = """
 import os, time, torch
-from fedtri.workers import side_by_side
+from fedtri.execution.workers import side_by_side
 torch.set_num_threads(2)
 def job(worker):
     os.write(1, b"%d\\n" % os.getpid())

@@ -31,11 +31,14 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from fedtri import config, engine, federation, train
-from fedtri.factors import effective_update
+from fedtri import config
+from fedtri.adapters.initial import effective_update
+from fedtri.adapters.layout import Factors, Key
+from fedtri.execution import train
+from fedtri.federation import loop
 from fedtri.methods import METHODS
-from fedtri.store import ClientStore
-from fedtri.types import Factors, Key
+from fedtri.runs import simulation
+from fedtri.storage.client_store import ClientStore
 
 LABELS = ("animals", "plants", "stones")
 WORDS = {
@@ -309,15 +312,13 @@ class Lab:
             inner[last] = value
         return config.validated(table)
 
-    def federation(
-        self, store: Path, *, double: bool = False, of: str = "config", **values: Any
-    ) -> federation.Federation:
+    def federation(self, store: Path, *, double: bool = False, of: str = "config", **values: Any) -> simulation.Federation:
         """A federation with its clients' tensors under `store`; in float64, on the wire too, where `double`.
 
         `of` is the method that makes its config: config, language, tagging.
         """
         values |= {"wire__dtype": "float64"} if double else {}
-        built = federation.build(getattr(self, of)(**values), ClientStore(store))
+        built = simulation.build(getattr(self, of)(**values), ClientStore(store))
         if double:
             built.site.cohort.model.double()
         return built
@@ -344,19 +345,19 @@ LAWFUL: list[tuple[str, dict[str, Any]]] = [(name, NEEDS.get(name, {})) for name
 ]
 
 
-def rounds(built: federation.Federation, **changes: Any) -> Iterator[engine.Progress]:
+def rounds(built: simulation.Federation, **changes: Any) -> Iterator[loop.Progress]:
     """The federation's rounds, without a run directory."""
     schedule = replace(built.schedule, **changes)
-    return engine.run(built.method, built.transport, built.expected, schedule)
+    return loop.run(built.method, built.transport, built.expected, schedule)
 
 
-def clients_tensors(built: federation.Federation) -> dict[str, Factors]:
+def clients_tensors(built: simulation.Federation) -> dict[str, Factors]:
     """What each client holds on its own disk."""
     site = built.site
     return {c: site.store.load(c) or site.initial(c) for c in built.transport.clients()}
 
 
-def training_loss(built: federation.Federation) -> float:
+def training_loss(built: simulation.Federation) -> float:
     """The clients' mean loss on their own training examples, with what each holds now."""
     site, losses = built.site, []
     for client, factors in clients_tensors(built).items():

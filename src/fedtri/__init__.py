@@ -10,8 +10,8 @@ _WHERE = {
     "METHODS": "fedtri.methods",
     "load": "fedtri.report.reading",
     "load_config": "fedtri.config",
-    "run": "fedtri.runs",
-    "resume": "fedtri.runs",
+    "run": "fedtri.runs.lifecycle",
+    "resume": "fedtri.runs.lifecycle",
 }
 __all__ = ["METHODS", "Config", "FedtriError", "load", "load_config", "resume", "run"]
 

@@ -11,10 +11,10 @@ from flwr import serverapp
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
+from fedtri.communication.flower_calls import BODY, FAILED, Called, SiteError, called
+from fedtri.communication.sealed import Terms
 from fedtri.deploy import site
 from fedtri.deploy.terms import fingerprint
-from fedtri.transport.flower_calls import BODY, FAILED, Called, SiteError, called
-from fedtri.transport.sealed import Terms
 from tiny import LABELS, Lab, save_data
 
 CLIENTS = ["a", "b", "c", "d"]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from deploy.grid import Sites
-from fedtri.cli import main
+from fedtri.cli.main import main
 from fedtri.deploy import certificates
 from fedtri.deploy import folder as deployment
 from tiny import LABELS, Lab, save_data

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from deploy.grid import CLIENTS, Grid, Record, Sites, terms
-from fedtri import wire
+from fedtri.adapters.layout import Factors, Key
+from fedtri.communication import codec
+from fedtri.communication.flower_calls import BODY, FAILED, Called
 from fedtri.deploy import coordinator, site
 from fedtri.errors import FedtriError
-from fedtri.transport.flower_calls import BODY, FAILED, Called
-from fedtri.types import Factors, Key
 
 BAD = "b"
 NUMBERS = struct.calcsize("<2sBBBI8sIII")
@@ -33,7 +33,7 @@ def sent_again(change: Callable[[Factors, site.Opened], Factors]) -> Callable:
     def answer(call: Called, opened: site.Opened, record: Record) -> list[Record]:
         own = terms(opened, call)
         shapes = own.layout.shapes(opened.config.rank)
-        said = wire.decode(record[BODY], own.layout, shapes, own.seal(BAD))
+        said = codec.decode(record[BODY], own.layout, shapes, own.seal(BAD))
         return [{BODY: own.encode(replace(said, factors=change(said.factors, opened)), BAD)}]
 
     return answer
@@ -100,7 +100,7 @@ def misled(lab, tmp_path_factory) -> tuple[Path, Grid]:
     replayed = Replayed()
 
     def scripted(call: Called, opened: site.Opened, record: Record) -> list:
-        if struct.unpack_from("<B", call.data, 3)[0] == wire.PHASES.index("evaluate"):
+        if struct.unpack_from("<B", call.data, 3)[0] == codec.PHASES.index("evaluate"):
             return [record]
         if (script := next(scripts, replayed)) is None:
             replayed(call, opened, record)

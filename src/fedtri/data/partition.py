@@ -14,16 +14,17 @@ import math
 import re
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TypeVar
 from urllib.parse import quote
 
 import datasets
 import numpy as np
+from jaxtyping import Int
 
 from fedtri.data.pool import Pool
 from fedtri.errors import FedtriError
 from fedtri.seeds import derive
-from fedtri.types import Split
 
 N = TypeVar("N", int, float)
 SPECS = '"iid", "dirichlet:0.3", "pathological:2" or "natural:COLUMN"'
@@ -31,6 +32,15 @@ ENOUGH, LEAST = (
     10,
     2,
 )  # examples: for two in test at the usual fractions, and for one in train and one in test
+
+
+@dataclass(frozen=True)
+class Split:
+    """Row indices of one client in the pool."""
+
+    train: Int[np.ndarray, "n_train"]
+    validation: Int[np.ndarray, "n_validation"]
+    test: Int[np.ndarray, "n_test"]
 
 
 def partition(

@@ -19,12 +19,12 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from fedtri import config as configuration
-from fedtri.cohort import Cohort
+from fedtri.adapters.bank import Cohort
 from fedtri.config import Config
 from fedtri.deploy import examples, site
 from fedtri.errors import FedtriError
-from fedtri.federation import choose_method, choose_task, client_ranks, load_cohort, start
 from fedtri.methods import networked
+from fedtri.runs.simulation import choose_method, choose_task, client_ranks, load_cohort, start
 
 T = TypeVar("T")
 SECONDS = 10.0

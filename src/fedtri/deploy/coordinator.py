@@ -1,4 +1,4 @@
-"""The server's half of a network run: the round loop of engine.py in a run directory like any other.
+"""The server's half of a network run: the round loop of loop.py in a run directory like any other.
 
 The server has no data and loads no weights: shapes come from the model's configuration. A run directory that holds an
 unfinished run of the same configuration is gone on with, so that after a crash `flwr run` is all there is to do.
@@ -16,23 +16,26 @@ from typing import Any
 
 import torch
 
-from fedtri import checkpoint, engine, rundir, runs
 from fedtri import config as configuration
-from fedtri.cohort import Cohort
+from fedtri.adapters.bank import Cohort
+from fedtri.adapters.layout import Layout
+from fedtri.communication.codec import DTYPES
+from fedtri.communication.flower import FlowerTransport, Grid
+from fedtri.communication.sealed import Sizes, Terms
 from fedtri.config import Config
-from fedtri.cost import skeleton
 from fedtri.deploy.door import Door
 from fedtri.deploy.terms import common, fingerprint
 from fedtri.errors import FedtriError
-from fedtri.federation import choose_method, choose_task, client_ranks, largest_rank
+from fedtri.federation import loop
+from fedtri.federation.server import Expectation
 from fedtri.methods import networked
-from fedtri.models import find_targets
-from fedtri.server import Expectation
-from fedtri.store import ClientStore
-from fedtri.transport.flower import FlowerTransport, Grid
-from fedtri.transport.sealed import Sizes, Terms
-from fedtri.types import Layout, Method
-from fedtri.wire import DTYPES
+from fedtri.method import Method
+from fedtri.models.loading import find_targets
+from fedtri.runs import lifecycle
+from fedtri.runs.cost import skeleton
+from fedtri.runs.simulation import choose_method, choose_task, client_ranks, largest_rank
+from fedtri.storage import checkpoint, run_directory
+from fedtri.storage.client_store import ClientStore
 
 LOG = logging.getLogger("flwr")
 LOGGED = "run.log"
@@ -64,11 +67,11 @@ def lead(path: Path, grid: Grid, run_config: Mapping[str, object]) -> None:
         transport = FlowerTransport(
             grid, terms, sizes, expected, lambda round: method.plan(round).up, config.network, Door().turned_away
         )
-        for progress in engine.run(
+        for progress in loop.run(
             method, transport, expected, _schedule(config), state=run.found.state if run.found else None,
             history=run.lines, on_phase=_say,
         ):  # fmt: skip
-            runs.record(run.folder, progress, ClientStore(run.folder / "clients"), run.lines)
+            lifecycle.record(run.folder, progress, ClientStore(run.folder / "clients"), run.lines)
             accuracy = (progress.line["accuracy"] or {}).get("mean", math.nan)
             LOG.info("fedtri: round %d of %d is closed, accuracy %.3f", progress.round, config.rounds, accuracy)
         _finish(config, method, run, layout, ranks, transport)
@@ -119,23 +122,23 @@ def opened(config: Config) -> Iterator[Opened]:
     assert config.out is not None
     folder = Path(config.out).expanduser()
     if not (folder / "config.toml").exists():
-        with rundir.created(config.out, config.method) as folder:
+        with run_directory.created(config.out, config.method) as folder:
             number = os.urandom(8)
-            rundir.write_json(folder / "network.json", {"run": number.hex(), "clients": config.network.clients})
-            rundir.write_json(folder / "labels.json", config.network.labels)
-            environment = rundir.environment("none", config.seed, torch.get_num_threads())
-            rundir.write_json(folder / "environment.json", environment)
-            rundir.write_text(folder / "config.toml", configuration.dumps(config))
+            run_directory.write_json(folder / "network.json", {"run": number.hex(), "clients": config.network.clients})
+            run_directory.write_json(folder / "labels.json", config.network.labels)
+            environment = run_directory.environment("none", config.seed, torch.get_num_threads())
+            run_directory.write_json(folder / "environment.json", environment)
+            run_directory.write_text(folder / "config.toml", configuration.dumps(config))
             yield Opened(folder, number, None, [])
         return
-    with rundir.locked(folder):
+    with run_directory.locked(folder):
         _same(folder, config)
         found = checkpoint.load(folder / "checkpoints", folder / "clients")
         if found is not None and (folder / "summary.json").exists():
             raise FedtriError(f"{folder}: the run is finished; give another `out` to start a new one")
-        rundir.write_text(folder / "config.toml", configuration.dumps(config))
+        run_directory.write_text(folder / "config.toml", configuration.dumps(config))
         number = bytes.fromhex(json.loads((folder / "network.json").read_text())["run"])
-        lines = runs.reopened(folder, found)
+        lines = lifecycle.reopened(folder, found)
         LOG.info("fedtri: going on with %s at round %d", folder, len(lines) + 1)
         yield Opened(folder, number, found, lines)
 
@@ -151,8 +154,8 @@ def _same(folder: Path, config: Config) -> None:
             )
 
 
-def _schedule(config: Config) -> engine.Schedule:
-    return engine.Schedule(
+def _schedule(config: Config) -> loop.Schedule:
+    return loop.Schedule(
         config.rounds, config.fraction, config.seed, config.evaluate, config.early_stopping.patience,
         quorum=max(1, min(config.network.minimum, round(config.fraction * len(config.network.clients)))),
         attempts=config.network.attempts,
@@ -172,7 +175,7 @@ def _finish(
     numbers = layout.shapes(next(iter(ranks.values())))
     payload = sum(math.prod(numbers[key]) for key in layout.keys(method.plan(0).up)) * width
     clients = {name: {"train": transport.examples.get(name)} for name in sorted(config.network.clients)}
-    said = runs.summary(config, run.lines, payload, clients, config.network.labels)
-    rundir.write_json(run.folder / "summary.json", said)
+    said = lifecycle.summary(config, run.lines, payload, clients, config.network.labels)
+    run_directory.write_json(run.folder / "summary.json", said)
     page.write([reading.load(run.folder)], run.folder / "report.html")
     LOG.info("fedtri: finished; everything is in %s", run.folder)

@@ -11,10 +11,10 @@ from typing import Any, get_args, get_type_hints
 import numpy as np
 
 from fedtri.config import Config
+from fedtri.data.partition import Split
 from fedtri.errors import FedtriError
-from fedtri.store import write_atomic
+from fedtri.storage.client_store import write_atomic
 from fedtri.tasks import Examples, Recipe
-from fedtri.types import Split
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def whole(kind: type[Any], table: Mapping[str, np.ndarray], prefix: str) -> Any:
 
 def _made(config: Config, recipe: Recipe, processor: Any) -> Examples:
     from fedtri.data import load_pool  # 1 s to import, and only the first call needs it
-    from fedtri.federation import columns
+    from fedtri.runs.simulation import columns
 
     pool = load_pool(
         config.data, recipe.pool, columns=columns(config), limit=config.data_options.limit, seed=config.seed,

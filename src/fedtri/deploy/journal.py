@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-from fedtri.checkpoint import KEPT
 from fedtri.errors import FedtriError
-from fedtri.store import ClientStore, Saved, write_atomic
-from fedtri.types import Phase
+from fedtri.messages import Phase
+from fedtri.storage.checkpoint import KEPT
+from fedtri.storage.client_store import ClientStore, Saved, write_atomic
 
 Moment = tuple[int, int]
 """(rounds finished, 0 after training or 1 after delivery): the order in which a client's state changes."""

@@ -12,19 +12,21 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
 
-from fedtri import client, sketch, wire
+from fedtri.communication import codec
+from fedtri.communication.flower_calls import Called, SiteError
+from fedtri.communication.sealed import Terms
 from fedtri.config import Columns, Config, Strict
+from fedtri.config.strict import complaint
 from fedtri.deploy import examples
 from fedtri.deploy.journal import Journal, moment
 from fedtri.deploy.terms import common, fingerprint
 from fedtri.errors import FedtriError
-from fedtri.federation import choose_method, choose_task, client_ranks, load_cohort, optimization, start
+from fedtri.federation import client
+from fedtri.messages import Phase, Reply, Request, Sketch
 from fedtri.methods import networked
-from fedtri.store import ClientStore, write_atomic
-from fedtri.strict import complaint
-from fedtri.transport.flower_calls import Called, SiteError
-from fedtri.transport.sealed import Terms
-from fedtri.types import Phase, Reply, Sketch, Task
+from fedtri.runs.simulation import choose_method, choose_task, client_ranks, load_cohort, optimization, start
+from fedtri.similarity import sketches
+from fedtri.storage.client_store import ClientStore, write_atomic
 
 LOG = logging.getLogger("flwr")
 
@@ -147,7 +149,7 @@ def respond(opened: Opened, call: Called) -> bytes:
     with stage("reading the task"):
         kinds = site.method.plan(0).down | site.method.plan(1).down
         said = terms.decode(call.data, name, site.ranks[name], kinds)
-        task = Task(said.phase, said.round, name, said.factors)
+        task = Request(said.phase, said.round, name, said.factors)
         journal = Journal(Path(opened.node.state) / "runs" / call.run.hex())
     LOG.info("fedtri: %s: %s, round %d", name, task.phase, task.round + 1)
     with stage(f"at work on {task.phase}"):
@@ -162,23 +164,23 @@ def respond(opened: Opened, call: Called) -> bytes:
 
 
 def _send(terms: Terms, phase: Phase, reply: Reply) -> bytes:
-    message = wire.Message(
+    message = codec.Message(
         phase, reply.round, reply.up, reply.num_examples, reply.metrics,
-        b"" if reply.sketch is None else sketch.encode(reply.sketch),
+        b"" if reply.sketch is None else sketches.encode(reply.sketch),
     )  # fmt: skip
     return terms.encode(message, reply.client)
 
 
-def _sketched(opened: Opened, task: Task) -> Reply:
+def _sketched(opened: Opened, task: Request) -> Reply:
     """The sketch kept on disk, or a new one, which is kept."""
     site, name = opened.site, opened.node.client
     if opened.sketch.exists():
         width = site.task.feature_size(site.cohort.model)
-        found: Sketch | None = sketch.decode(opened.sketch.read_bytes(), classes=site.task.classes, d=width)
+        found: Sketch | None = sketches.decode(opened.sketch.read_bytes(), classes=site.task.classes, d=width)
         return Reply(name, task.round, {}, len(site.splits[name].train), {}, found)
     (reply,) = client.client_update(site, [task])
     assert reply.sketch is not None
-    write_atomic(opened.sketch, sketch.encode(reply.sketch))
+    write_atomic(opened.sketch, sketches.encode(reply.sketch))
     return reply
 
 

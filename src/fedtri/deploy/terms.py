@@ -8,7 +8,7 @@ from pathlib import Path
 from fedtri import config as configuration
 from fedtri.config import Config
 from fedtri.errors import FedtriError
-from fedtri.federation import choose_task
+from fedtri.runs.simulation import choose_task
 
 OWN = {
     "model", "data", "device", "out", "clients", "partition", "data_options", "simulation", "columns", "rounds",

@@ -23,8 +23,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fedtri.communication.flower_calls import Called, SiteError
 from fedtri.errors import FedtriError
-from fedtri.transport.flower_calls import Called, SiteError
 
 if TYPE_CHECKING:
     from fedtri.deploy.site import Office

@@ -5,7 +5,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from fedtri.config.strict import checked_options
 from fedtri.errors import FedtriError
+from fedtri.method import Method, Plan
 from fedtri.methods.ce_lora import ce_lora
 from fedtri.methods.centralized import centralized
 from fedtri.methods.ditto import ditto
@@ -25,8 +27,7 @@ from fedtri.methods.lora_fair import lora_fair
 from fedtri.methods.pfedme import pfedme
 from fedtri.methods.ravan import ravan
 from fedtri.methods.rolora import rolora
-from fedtri.strict import checked_options
-from fedtri.types import Method, Plan, ServerState
+from fedtri.state import ServerState
 
 METHODS: dict[str, Callable[..., Method]] = {
     "local": local,

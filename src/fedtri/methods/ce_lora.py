@@ -9,10 +9,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fedtri import combine
+from fedtri.adapters.layout import Key
+from fedtri.aggregation import means
 from fedtri.errors import FedtriError
-from fedtri.similarity import core_similarity, data_similarity, row_stochastic
-from fedtri.types import Key, Method, Plan, Reply, ServerState
+from fedtri.messages import Reply
+from fedtri.method import Method, Plan
+from fedtri.similarity.distances import core_similarity, data_similarity, row_stochastic
+from fedtri.state import ServerState
 
 CHOICES = {
     "reference": ("init", "raw"),
@@ -63,7 +66,7 @@ def ce_lora(
         total = torch.ones(len(clients), len(clients)) if similarity == "uniform" else sum(parts.values())
         assert isinstance(total, Tensor)
         weights = row_stochastic(total, temperature=temperature, top_k=top_k)
-        state = combine.personalise(state.with_(seen=seen), _mix(clients, keys, cores, weights))
+        state = means.personalise(state.with_(seen=seen), _mix(clients, keys, cores, weights))
         return state.with_(similarity={**parts, "weights": weights})
 
     def welcome(state: ServerState) -> ServerState:
@@ -75,7 +78,7 @@ def ce_lora(
         cores = torch.stack([torch.stack([state.seen[c][k] for k in keys]) for c in seen])
         weights = _data(state, newcomers, seen)
         weights = weights / weights.sum(1, keepdim=True)
-        return combine.personalise(state, _mix(newcomers, keys, cores, weights))
+        return means.personalise(state, _mix(newcomers, keys, cores, weights))
 
     return Method(
         "ce_lora",

@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 
-from fedtri import combine
-from fedtri.types import Method, Plan, Reply, ServerState
+from fedtri.aggregation import means
+from fedtri.messages import Reply
+from fedtri.method import Method, Plan
+from fedtri.state import ServerState
 
 
 def centralized() -> Method:
@@ -11,6 +13,6 @@ def centralized() -> Method:
     plan = Plan.of(train="ABH", up="ABH", down="ABH")
 
     def aggregate(state: ServerState, replies: Sequence[Reply]) -> ServerState:
-        return combine.share(state, combine.mean(replies, frozenset("AB")))
+        return means.share(state, means.mean(replies, frozenset("AB")))
 
     return Method("centralized", "", lambda _: plan, aggregate, pooled=True)

@@ -5,9 +5,11 @@ personal_k = argmin F_k(θ) + λ/2 ‖θ − received‖², over the adapter (an
 
 from collections.abc import Sequence
 
-from fedtri import combine
+from fedtri.aggregation import means
 from fedtri.errors import FedtriError
-from fedtri.types import Method, Personal, Plan, Reply, ServerState
+from fedtri.messages import Reply
+from fedtri.method import Method, Personal, Plan
+from fedtri.state import ServerState
 
 
 def ditto(*, lam: float = 0.1) -> Method:
@@ -17,6 +19,6 @@ def ditto(*, lam: float = 0.1) -> Method:
     plan = Plan.of(train="ABH", up="ABH", down="ABH")
 
     def aggregate(state: ServerState, replies: Sequence[Reply]) -> ServerState:
-        return combine.share(state, combine.mean(replies, frozenset("AB")))
+        return means.share(state, means.mean(replies, frozenset("AB")))
 
     return Method("ditto", "arXiv:2012.04221", lambda _: plan, aggregate, personal=Personal(lam), server_optimizer=True)

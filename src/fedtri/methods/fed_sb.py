@@ -5,8 +5,10 @@
 
 from collections.abc import Sequence
 
-from fedtri import combine
-from fedtri.types import Method, Plan, Reply, ServerState
+from fedtri.aggregation import means
+from fedtri.messages import Reply
+from fedtri.method import Method, Plan
+from fedtri.state import ServerState
 
 
 def fed_sb() -> Method:
@@ -14,6 +16,6 @@ def fed_sb() -> Method:
     plan = Plan.of(train="CH", up="CH", down="CH")
 
     def aggregate(state: ServerState, replies: Sequence[Reply]) -> ServerState:
-        return combine.share(state, combine.mean(replies, frozenset("C")))
+        return means.share(state, means.mean(replies, frozenset("C")))
 
     return Method("fed_sb", "arXiv:2502.15436", lambda _: plan, aggregate, basis="orthonormal", server_optimizer=True)

@@ -5,8 +5,11 @@ W ← W + s (Σ p_k B_kA_k − B̄Ā), so that W + s B̄Ā is the exact mean of 
 
 from collections.abc import Sequence
 
-from fedtri import combine, linalg
-from fedtri.types import Key, Method, Plan, Reply, ServerState
+from fedtri.adapters.layout import Key
+from fedtri.aggregation import means, products
+from fedtri.messages import Reply
+from fedtri.method import Method, Plan
+from fedtri.state import ServerState
 
 
 def fedex_lora() -> Method:
@@ -14,13 +17,13 @@ def fedex_lora() -> Method:
     plan = Plan.of(train="ABH", up="ABH", down="ABWH")
 
     def aggregate(state: ServerState, replies: Sequence[Reply]) -> ServerState:
-        weights, total, means = combine.example_weights(replies), {}, {}
-        for group in combine.pairs(state, replies):
-            B, A = combine.mean_of(group.B, weights), combine.mean_of(group.A, weights)
-            left, right = linalg.stacked(group.B.double(), group.A.double(), weights)
-            total |= combine.add_dense(state, group, left @ right - B.double() @ A.double())
+        weights, total, means = means.example_weights(replies), {}, {}
+        for group in means.pairs(state, replies):
+            B, A = means.mean_of(group.B, weights), means.mean_of(group.A, weights)
+            left, right = products.stacked(group.B.double(), group.A.double(), weights)
+            total |= means.add_dense(state, group, left @ right - B.double() @ A.double())
             for i, layer in enumerate(group.layers):
                 means |= {Key(layer, "A"): A[i], Key(layer, "B"): B[i]}
-        return combine.share(state, means | total)
+        return means.share(state, means | total)
 
     return Method("fedex_lora", "arXiv:2410.09432", lambda _: plan, aggregate, extra="W")

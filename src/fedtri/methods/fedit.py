@@ -5,8 +5,10 @@ The mean of the factors is not the mean of the products: Σ p_k B_k A_k ≠ (Σ 
 
 from collections.abc import Sequence
 
-from fedtri import combine
-from fedtri.types import Method, Plan, Reply, ServerState
+from fedtri.aggregation import means
+from fedtri.messages import Reply
+from fedtri.method import Method, Plan
+from fedtri.state import ServerState
 
 
 def fedit() -> Method:
@@ -14,7 +16,7 @@ def fedit() -> Method:
     plan = Plan.of(train="ABH", up="ABH", down="ABH")
 
     def aggregate(state: ServerState, replies: Sequence[Reply]) -> ServerState:
-        return combine.share(state, combine.mean(replies, frozenset("AB")))
+        return means.share(state, means.mean(replies, frozenset("AB")))
 
     return Method(
         "fedit",

@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 
-from fedtri import combine
+from fedtri.aggregation import means
 from fedtri.errors import FedtriError
-from fedtri.types import Method, Plan, Reply, ServerState
+from fedtri.messages import Reply
+from fedtri.method import Method, Plan
+from fedtri.state import ServerState
 
 
 def fedprox(*, mu: float = 0.01) -> Method:
@@ -14,6 +16,6 @@ def fedprox(*, mu: float = 0.01) -> Method:
     plan = Plan.of(train="ABH", up="ABH", down="ABH")
 
     def aggregate(state: ServerState, replies: Sequence[Reply]) -> ServerState:
-        return combine.share(state, combine.mean(replies, frozenset("AB")))
+        return means.share(state, means.mean(replies, frozenset("AB")))
 
     return Method("fedprox", "arXiv:1812.06127", lambda _: plan, aggregate, proximal=mu, server_optimizer=True)

@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 
-from fedtri import combine
-from fedtri.types import Method, Plan, Reply, ServerState
+from fedtri.aggregation import means
+from fedtri.messages import Reply
+from fedtri.method import Method, Plan
+from fedtri.state import ServerState
 
 
 def fedsa_lora() -> Method:
@@ -11,7 +13,7 @@ def fedsa_lora() -> Method:
     plan = Plan.of(train="ABH", up="A", down="A")
 
     def aggregate(state: ServerState, replies: Sequence[Reply]) -> ServerState:
-        return combine.share(state, combine.mean(replies, frozenset("A")))
+        return means.share(state, means.mean(replies, frozenset("A")))
 
     return Method(
         "fedsa_lora",

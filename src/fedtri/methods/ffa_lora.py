@@ -5,8 +5,10 @@
 
 from collections.abc import Sequence
 
-from fedtri import combine
-from fedtri.types import Method, Plan, Reply, ServerState
+from fedtri.aggregation import means
+from fedtri.messages import Reply
+from fedtri.method import Method, Plan
+from fedtri.state import ServerState
 
 
 def ffa_lora() -> Method:
@@ -14,7 +16,7 @@ def ffa_lora() -> Method:
     plan = Plan.of(train="BH", up="BH", down="BH")
 
     def aggregate(state: ServerState, replies: Sequence[Reply]) -> ServerState:
-        return combine.share(state, combine.mean(replies, frozenset("B")))
+        return means.share(state, means.mean(replies, frozenset("B")))
 
     return Method(
         "ffa_lora",

@@ -5,8 +5,10 @@ M = Σ p_k s_k B_kA_k; client k gets the best approximation of M of rank r_k.
 
 from collections.abc import Sequence
 
-from fedtri import combine, linalg
-from fedtri.types import Method, Plan, Reply, ServerState
+from fedtri.aggregation import means, products
+from fedtri.messages import Reply
+from fedtri.method import Method, Plan
+from fedtri.state import ServerState
 
 
 def flexlora(*, align: bool = False) -> Method:
@@ -18,13 +20,13 @@ def flexlora(*, align: bool = False) -> Method:
     plan = Plan.of(train="ABH", up="ABH", down="ABH")
 
     def aggregate(state: ServerState, replies: Sequence[Reply]) -> ServerState:
-        weights = combine.example_weights(replies)
+        weights = means.example_weights(replies)
 
-        def solve(group: combine.Pairs) -> combine.Pair:
-            B, A = linalg.best_low_rank(group.B, group.A, weights, group.A.shape[2])
-            return combine.aligned(state, group, B, A) if align else (B, A)
+        def solve(group: means.Pairs) -> means.Pair:
+            B, A = products.best_low_rank(group.B, group.A, weights, group.A.shape[2])
+            return means.aligned(state, group, B, A) if align else (B, A)
 
-        return combine.share_pairs(state, replies, solve)
+        return means.share_pairs(state, replies, solve)
 
     return Method(
         "flexlora",

@@ -5,8 +5,10 @@ W ← W + Σ p_k s_k B_kA_k = W + [p_1s_1B_1 … p_ms_mB_m][A_1; …; A_m]: the 
 
 from collections.abc import Sequence
 
-from fedtri import combine, linalg
-from fedtri.types import Method, Plan, Reply, ServerState
+from fedtri.aggregation import means, products
+from fedtri.messages import Reply
+from fedtri.method import Method, Plan
+from fedtri.state import ServerState
 
 
 def flora() -> Method:
@@ -18,9 +20,9 @@ def flora() -> Method:
 
     def aggregate(state: ServerState, replies: Sequence[Reply]) -> ServerState:
         total = {}
-        for group in combine.pairs(state, replies):
-            left, right = linalg.stacked(group.B.double(), group.A.double(), combine.example_weights(replies))
-            total |= combine.add_dense(state, group, left @ right)
-        return combine.share(state, total)
+        for group in means.pairs(state, replies):
+            left, right = products.stacked(group.B.double(), group.A.double(), means.example_weights(replies))
+            total |= means.add_dense(state, group, left @ right)
+        return means.share(state, total)
 
     return Method("flora", "arXiv:2409.05976", lambda _: plan, aggregate, extra="W", fresh=True, mixed_ranks=True)

@@ -5,9 +5,11 @@ min over p, q of ‖ Σ_k w_k B_kA_k − (Σ_u q_uB_u)(Σ_v p_vA_v) ‖_F², w_k
 
 from collections.abc import Sequence
 
-from fedtri import combine, linalg
+from fedtri.aggregation import means, products
 from fedtri.errors import FedtriError
-from fedtri.types import Method, Plan, Reply, ServerState
+from fedtri.messages import Reply
+from fedtri.method import Method, Plan
+from fedtri.state import ServerState
 
 
 def flora_na(*, sweeps: int = 100, align: bool = False) -> Method:
@@ -20,13 +22,13 @@ def flora_na(*, sweeps: int = 100, align: bool = False) -> Method:
     plan = Plan.of(train="ABH", up="ABH", down="ABH")
 
     def aggregate(state: ServerState, replies: Sequence[Reply]) -> ServerState:
-        weights = combine.example_weights(replies)
+        weights = means.example_weights(replies)
 
-        def solve(group: combine.Pairs) -> combine.Pair:
-            B, A, _, _ = linalg.nearest_average(group.B, group.A, weights, sweeps=sweeps)
-            return combine.aligned(state, group, B, A) if align else (B, A)
+        def solve(group: means.Pairs) -> means.Pair:
+            B, A, _, _ = products.nearest_average(group.B, group.A, weights, sweeps=sweeps)
+            return means.aligned(state, group, B, A) if align else (B, A)
 
-        return combine.share_pairs(state, replies, solve)
+        return means.share_pairs(state, replies, solve)
 
     return Method(
         "flora_na",

@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 
-from fedtri import combine
-from fedtri.types import Method, Plan, Reply, ServerState
+from fedtri.aggregation import means
+from fedtri.messages import Reply
+from fedtri.method import Method, Plan
+from fedtri.state import ServerState
 
 
 def full() -> Method:
@@ -11,6 +13,6 @@ def full() -> Method:
     plan = Plan.of(train="PH", up="PH", down="PH")
 
     def aggregate(state: ServerState, replies: Sequence[Reply]) -> ServerState:
-        return combine.share(state, combine.mean(replies, frozenset("P")))
+        return means.share(state, means.mean(replies, frozenset("P")))
 
     return Method("full", "arXiv:1602.05629", lambda _: plan, aggregate, extra="P", server_optimizer=True)

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 
 import torch
 
-from fedtri import combine, linalg
-from fedtri.types import Method, Plan, Reply, ServerState
+from fedtri.aggregation import means, products
+from fedtri.messages import Reply
+from fedtri.method import Method, Plan
+from fedtri.state import ServerState
 
 
 def hetlora() -> Method:
@@ -16,13 +18,13 @@ def hetlora() -> Method:
     plan = Plan.of(train="ABH", up="ABH", down="ABH")
 
     def aggregate(state: ServerState, replies: Sequence[Reply]) -> ServerState:
-        def solve(group: combine.Pairs) -> combine.Pair:
-            norms = linalg.product_norm(group.B, group.A)  # (layers, m)
+        def solve(group: means.Pairs) -> means.Pair:
+            norms = products.product_norm(group.B, group.A)  # (layers, m)
             total = norms.sum(1, keepdim=True)
             weights = torch.where(total > 0, norms / total, 1 / len(replies))
             B, A = (torch.einsum("lk,lkab->lab", weights, X.double()).to(X.dtype) for X in (group.B, group.A))
             return B, A
 
-        return combine.share_pairs(state, replies, solve)
+        return means.share_pairs(state, replies, solve)
 
     return Method("hetlora", "arXiv:2401.06432", lambda _: plan, aggregate, mixed_ranks=True)

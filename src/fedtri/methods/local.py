@@ -1,6 +1,6 @@
 """Local: every client trains alone and nothing travels; the floor a federation has to beat."""
 
-from fedtri.types import Method, Plan
+from fedtri.method import Method, Plan
 
 
 def local() -> Method:

@@ -5,9 +5,11 @@
 
 from collections.abc import Sequence
 
-from fedtri import combine, linalg
+from fedtri.aggregation import means, products
 from fedtri.errors import FedtriError
-from fedtri.types import Method, Plan, Reply, ServerState
+from fedtri.messages import Reply
+from fedtri.method import Method, Plan
+from fedtri.state import ServerState
 
 
 def lora_fair(*, lam: float = 0.01) -> Method:
@@ -17,12 +19,12 @@ def lora_fair(*, lam: float = 0.01) -> Method:
     plan = Plan.of(train="ABH", up="ABH", down="ABH")
 
     def aggregate(state: ServerState, replies: Sequence[Reply]) -> ServerState:
-        weights = combine.example_weights(replies)
+        weights = means.example_weights(replies)
 
-        def solve(group: combine.Pairs) -> combine.Pair:
-            B, A = combine.mean_of(group.B, weights), combine.mean_of(group.A, weights)
-            return B + linalg.lora_fair_correction(B, A, group.B, group.A, weights, lam), A
+        def solve(group: means.Pairs) -> means.Pair:
+            B, A = means.mean_of(group.B, weights), means.mean_of(group.A, weights)
+            return B + products.lora_fair_correction(B, A, group.B, group.A, weights, lam), A
 
-        return combine.share_pairs(state, replies, solve)
+        return means.share_pairs(state, replies, solve)
 
     return Method("lora_fair", "arXiv:2411.14961", lambda _: plan, aggregate)

@@ -5,9 +5,11 @@ personal_k ≈ argmin F_k(θ) + λ/2 ‖θ − received‖²; sent_k = received 
 
 from collections.abc import Sequence
 
-from fedtri import combine
+from fedtri.aggregation import means
 from fedtri.errors import FedtriError
-from fedtri.types import Method, Personal, Plan, Reply, ServerState
+from fedtri.messages import Reply
+from fedtri.method import Method, Personal, Plan
+from fedtri.state import ServerState
 
 
 def pfedme(*, lam: float = 0.1, pull: float = 0.8) -> Method:
@@ -23,7 +25,7 @@ def pfedme(*, lam: float = 0.1, pull: float = 0.8) -> Method:
     plan = Plan.of(train="ABH", up="ABH", down="ABH")
 
     def aggregate(state: ServerState, replies: Sequence[Reply]) -> ServerState:
-        return combine.share(state, combine.mean(replies, frozenset("AB")))
+        return means.share(state, means.mean(replies, frozenset("AB")))
 
     return Method(
         "pfedme", "arXiv:2006.08848", lambda _: plan, aggregate, personal=Personal(lam, pull), server_optimizer=True

@@ -6,9 +6,11 @@ block-diagonal C is the same: the rows of A are those of all A_i, C holds the bl
 
 from collections.abc import Sequence
 
-from fedtri import combine
+from fedtri.aggregation import means
 from fedtri.errors import FedtriError
-from fedtri.types import Method, Plan, Reply, ServerState
+from fedtri.messages import Reply
+from fedtri.method import Method, Plan
+from fedtri.state import ServerState
 
 
 def ravan(*, heads: int = 2) -> Method:
@@ -21,7 +23,7 @@ def ravan(*, heads: int = 2) -> Method:
     plan = Plan.of(train="CSH", up="CH", down="CH")
 
     def aggregate(state: ServerState, replies: Sequence[Reply]) -> ServerState:
-        return combine.share(state, combine.mean(replies, frozenset("C")))
+        return means.share(state, means.mean(replies, frozenset("C")))
 
     return Method(
         "ravan",

@@ -13,8 +13,8 @@ import numpy as np
 import pandas as pd
 from safetensors.numpy import load_file
 
-from fedtri import rundir
 from fedtri.errors import FedtriError
+from fedtri.storage import run_directory
 
 SPREADS = ("accuracy", "accuracy_local", "test_loss", "test_loss_local")
 WAYS = ("up", "down", "sketch")
@@ -203,7 +203,7 @@ class Run:
 
 def load(folder: str | Path) -> Run:
     """The run in this folder. Raises FedtriError where there is no config.toml; anything else may be missing."""
-    folder = rundir.require(Path(folder))
+    folder = run_directory.require(Path(folder))
     troubles: list[str] = []
     config = _toml(folder / "config.toml", troubles)
     summary = _json(folder / "summary.json", troubles)

@@ -4,8 +4,8 @@ import difflib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from fedtri.config.strict import checked_options
 from fedtri.errors import FedtriError
-from fedtri.strict import checked_options
 from fedtri.tasks.base import Batch, Examples, LearningTask, Loaded, Recipe, Scores
 from fedtri.tasks.causal_lm import causal_lm
 from fedtri.tasks.image_classification import image_classification

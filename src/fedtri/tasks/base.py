@@ -13,9 +13,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from fedtri.cohort import Cohort
+from fedtri.adapters.bank import Cohort
 from fedtri.data.pool import Pool, Source
-from fedtri.models import Weights, head_layers
+from fedtri.models.loading import Weights, head_layers
 
 Batch = Mapping[str, Tensor]
 Rows = Int[np.ndarray, "_"]

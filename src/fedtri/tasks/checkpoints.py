@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, Pretrain
 from transformers.utils import logging as transformers_logging
 
 from fedtri.errors import FedtriError
-from fedtri.models import Weights, locate
+from fedtri.models.loading import Weights, locate
 
 ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
 

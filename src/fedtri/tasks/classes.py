@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoModel, PretrainedConfig
 
-from fedtri.models import Weights, head_layers
+from fedtri.models.loading import Weights, head_layers
 from fedtri.tasks import checkpoints
 from fedtri.tasks.base import Scores
 

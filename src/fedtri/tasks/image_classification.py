@@ -10,8 +10,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import AutoModelForImageClassification
 
-from fedtri.cohort import Cohort
-from fedtri.models import Weights, backbone_of
+from fedtri.adapters.bank import Cohort
+from fedtri.models.loading import Weights, backbone_of
 from fedtri.tasks import classes, images
 from fedtri.tasks.base import Batch, Examples, Loaded, Recipe, Rows, Scores
 

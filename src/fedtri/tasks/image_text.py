@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from transformers import AutoModel, CLIPModel
 
-from fedtri.adapter import precision
-from fedtri.cohort import Cohort
+from fedtri.adapters.bank import Cohort
+from fedtri.adapters.layer import precision
 from fedtri.errors import FedtriError
-from fedtri.models import Weights
+from fedtri.models.loading import Weights
 from fedtri.tasks import checkpoints, classes, images
 from fedtri.tasks.base import Batch, Examples, Loaded, Recipe, Rows, Scores
 

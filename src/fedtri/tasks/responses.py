@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from fedtri.cohort import Cohort
+from fedtri.adapters.bank import Cohort
 from fedtri.errors import FedtriError
+from fedtri.execution.workers import Worker, side_by_side
 from fedtri.tasks import checkpoints
 from fedtri.tasks.base import Batch, Rows, Scores
-from fedtri.workers import Worker, side_by_side
 
 IGNORED = -100
 """The label of a token that carries no loss, as in PyTorch's cross-entropy."""

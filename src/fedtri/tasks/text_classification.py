@@ -10,10 +10,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
-from fedtri.cohort import Cohort
+from fedtri.adapters.bank import Cohort
 from fedtri.data import pool as pools
 from fedtri.data.pool import Pool, Source
-from fedtri.models import Weights
+from fedtri.models.loading import Weights
 from fedtri.tasks import checkpoints, classes
 from fedtri.tasks.base import Batch, Examples, Loaded, Recipe, Rows, Scores, inputs_of, to_device
 from fedtri.tasks.pooling import mean_pooled

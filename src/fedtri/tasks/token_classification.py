@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForTokenClassification, PreTrainedTokenizerBase
 
-from fedtri.cohort import Cohort
+from fedtri.adapters.bank import Cohort
 from fedtri.data import pool as pools
 from fedtri.data.pool import Pool, Source
 from fedtri.errors import FedtriError
-from fedtri.models import Weights
+from fedtri.models.loading import Weights
 from fedtri.tasks import checkpoints, classes
 from fedtri.tasks.base import Batch, Examples, Loaded, Recipe, Rows, Scores, inputs_of, to_device
 from fedtri.tasks.pooling import mean_pooled

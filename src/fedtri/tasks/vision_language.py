@@ -15,12 +15,12 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from fedtri.cohort import Cohort
+from fedtri.adapters.bank import Cohort
 from fedtri.data import images as columns
 from fedtri.data import pool as pools
 from fedtri.data.pool import Pool, Source
 from fedtri.errors import FedtriError
-from fedtri.models import Weights
+from fedtri.models.loading import Weights
 from fedtri.tasks import checkpoints, images
 from fedtri.tasks.base import Batch, Examples, Loaded, Recipe, Rows, Scores, inputs_of, to_device
 from fedtri.tasks.causal_lm import TextToContinue, tokenize

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from fedtri.transport.flower_calls import Called, Grid, client_app, server_app
+from fedtri.communication.flower_calls import Called, Grid, client_app, server_app
 
 FEDERATION = Path(__file__).with_name("federation.toml")
 

@@ -1,0 +1,1 @@
+"""Algebra that methods share: weighted means, factored products, server optimisers, distance to the exact mean."""

@@ -1,0 +1,1 @@
+"""One codec between messages and bytes, and the ways on which these bytes travel."""

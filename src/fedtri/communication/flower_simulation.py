@@ -1,0 +1,181 @@
+"""Flower's simulation engine as transport: every task goes to one of Ray's actors, on whatever machine or GPU Ray has.
+
+An actor builds the federation once, with room for one client, from the run directory, which all machines must see. What
+a client keeps lies there too; with a task goes which of its files are current, with the reply which are now.
+"""
+
+import functools
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from queue import Queue
+from typing import Any
+
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+from flwr.simulation import run_simulation
+
+from fedtri.communication.in_process import LocalTransport
+from fedtri.errors import FedtriError
+from fedtri.federation.client import personal_id, residual_id
+from fedtri.messages import Answer, Request
+from fedtri.storage.client_store import Saved
+
+RECORD = "r"
+POLL = 0.05
+"""Seconds between two looks at what has arrived."""
+Build = Callable[[Path], LocalTransport]
+
+
+class SimulatedTransport(LocalTransport):
+    """The server's end: encodes tasks and reads replies; clients are whatever the actors build."""
+
+    def __init__(self, local: LocalTransport, grid: Grid, folder: Path, running: Callable[[], bool]) -> None:
+        super().__init__(local.site, local.dtype)
+        self.grid, self.folder, self.running = grid, folder, running
+
+    def exchange(self, tasks: Sequence[Request]) -> list[Answer]:
+        """Every task at once; Ray runs as many side by side as it has room for. Raises FedtriError where one fails."""
+        nodes, store = self._nodes(), self.site.store
+        sent = [self.encode(task) for task in tasks]
+        messages = []
+        for number, (task, data) in enumerate(zip(tasks, sent, strict=True)):
+            files = {name: asdict(store.current[name]) for name in _files(task.client) if name in store.current}
+            record = {"folder": str(self.folder), "client": task.client, "data": data, "files": json.dumps(files)}
+            content = RecordDict({RECORD: ConfigRecord(record)})
+            messages.append(Message(content, dst_node_id=nodes[number % len(nodes)], message_type="query"))
+        places = {number: place for place, number in enumerate(self.grid.push_messages(messages))}
+        answers: dict[int, Answer] = {}
+        while len(answers) < len(tasks):
+            self._require_running()
+            for reply in self.grid.pull_messages([number for number, place in places.items() if place not in answers]):
+                place = places[reply.metadata.reply_to_message_id]
+                answers[place] = self._answer(tasks[place].client, reply, len(sent[place]))
+            time.sleep(POLL)
+        return [answers[place] for place in range(len(tasks))]
+
+    def _nodes(self) -> list[int]:
+        """Flower's nodes, any of which serves any client; they are there a moment after the start."""
+        while not (found := sorted(self.grid.get_node_ids())):
+            self._require_running()
+            time.sleep(POLL)
+        return found
+
+    def _require_running(self) -> None:
+        if not self.running():
+            raise FedtriError("transport: Flower's simulation has ended; what it said stands above")
+
+    def _answer(self, client: str, reply: Message, down: int) -> Answer:
+        if reply.has_error():
+            raise FedtriError(f"{client}: Flower's simulation: {reply.error.reason}; what it said stands above")
+        record = reply.content.config_records[RECORD]
+        if "failed" in record:
+            raise FedtriError(f"{client}: {record['failed']}")
+        data, files = record["data"], json.loads(str(record["files"]))
+        assert isinstance(data, bytes)
+        self.site.store.current |= {name: Saved(**saved) for name, saved in files.items()}
+        return Answer(self.read(data, client), len(data), down)
+
+
+@contextmanager
+def simulated(
+    local: LocalTransport, build: Build, folder: Path, *, cpus: int, gpus: float
+) -> Iterator[SimulatedTransport]:
+    """A transport through Flower's simulation, which runs as long as this lasts.
+
+    Args:
+        build: The federation in a run directory, with room for one client, as an actor sees it.
+        cpus: Cores for each client that is at work.
+        gpus: Share of a GPU for each.
+    """
+    grids, over, failures = Queue[Grid | None](), threading.Event(), list[BaseException]()
+    server, nodes = ServerApp(), len(local.clients())
+
+    @server.main()
+    def _main(grid: Grid, context: Context) -> None:
+        grids.put(grid)
+        over.wait()
+
+    def simulate() -> None:
+        try:
+            run_simulation(
+                server, client_app(build, cpus), num_supernodes=nodes,
+                backend_config={"client_resources": {"num_cpus": cpus, "num_gpus": gpus}},
+            )  # fmt: skip
+        except BaseException as error:
+            failures.append(error)
+        finally:
+            grids.put(None)
+
+    thread = threading.Thread(target=simulate, daemon=True)
+    with _importable():
+        thread.start()
+        if (grid := grids.get()) is None:
+            why = failures[0] if failures else "see above"
+            raise FedtriError(f"transport: Flower's simulation did not start: {why}")
+        try:
+            yield SimulatedTransport(local, grid, folder, thread.is_alive)
+        finally:
+            over.set()
+            thread.join()
+
+
+@contextmanager
+def _importable() -> Iterator[None]:
+    """What this process can import, Ray's actors can too while this lasts."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
+
+
+def client_app(build: Build, cpus: int) -> ClientApp:
+    """An actor's app: the clients' half of one task."""
+    app = ClientApp()
+    app.query()(functools.partial(_query, build, cpus))  # Ray takes functions by their names alone
+    return app
+
+
+def _query(build: Build, cpus: int, message: Message, context: Context) -> Message:
+    said = _served(build, cpus, message.content.config_records[RECORD])
+    return Message(RecordDict({RECORD: ConfigRecord(said)}), reply_to=message)
+
+
+def _served(build: Build, cpus: int, record: Mapping[str, Any]) -> dict[str, Any]:
+    import torch
+
+    torch.set_num_threads(cpus)
+    client = record["client"]
+    try:
+        transport = _built(build, Path(record["folder"]))
+        store = transport.site.store
+        for name in _files(client):
+            store.current.pop(name, None)
+        store.current |= {name: Saved(**saved) for name, saved in json.loads(record["files"]).items()}
+        (data,) = transport.serve([client], [record["data"]])
+    except FedtriError as error:
+        return {"failed": str(error)}
+    files = {name: asdict(store.current[name]) for name in _files(client) if name in store.current}
+    return {"data": data, "files": json.dumps(files)}
+
+
+@functools.lru_cache(maxsize=1)
+def _built(build: Build, folder: Path) -> LocalTransport:
+    return build(folder)
+
+
+def _files(client: str) -> list[str]:
+    """Under which names a client's files are kept."""
+    return [client, personal_id(client), residual_id(client)]

@@ -1,0 +1,101 @@
+"""The server's half of a round: each client's own request, and one step from its replies to the next state."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from fedtri.adapters.layout import Factors, Key, Layout, only
+from fedtri.aggregation import means
+from fedtri.messages import Phase, Reply, Request
+from fedtri.method import Method
+from fedtri.seeds import derive
+from fedtri.state import Scales, ServerState
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """What a valid reply looks like: the layout, each client's rank, and how large a tensor may be."""
+
+    layout: Layout
+    scales: Scales
+    norm_bound: float = 1e4
+    """The largest Frobenius norm a tensor of a reply may have."""
+
+    def shapes(self, client: str, kinds: frozenset[str]) -> dict[Key, tuple[int, ...]]:
+        """The shapes of the tensors of these factors that this client has."""
+        rank = self.scales.ranks[client]
+        return {key: shape for key, shape in self.layout.shapes(rank).items() if key.factor in kinds}
+
+
+def sample(clients: Sequence[str], fraction: float, round: int, seed: int) -> list[str]:
+    """The clients that take part in a round: at least one, drawn without replacement, sorted."""
+    count = max(1, round_half_up(fraction * len(clients)))
+    rng = np.random.default_rng(derive(seed, "sample", round))
+    return sorted(rng.choice(np.array(clients, dtype=object), size=count, replace=False))
+
+
+def round_half_up(value: float) -> int:
+    """0.5 rounds to 1, unlike Python's round."""
+    return int(value + 0.5)
+
+
+def requests(method: Method, state: ServerState, clients: Sequence[str], round: int, phase: Phase) -> list[Request]:
+    """A request a client, carrying what changed for it since it was last sent anything."""
+    down = [{} if phase == "sketch" else downlink(method, state, client) for client in clients]
+    return [Request(phase, round, client, own) for client, own in zip(clients, down, strict=True)]
+
+
+def downlink(method: Method, state: ServerState, client: str) -> Factors:
+    """What a client does not have yet of the shared tensors, overridden by its personal ones."""
+    have = state.deliveries.sent.get(client, 0)
+    down = {key: state.shared[key] for key, changed in state.deliveries.shared.items() if changed > have}
+    if state.deliveries.personal.get(client, 0) > have:
+        down |= state.personal[client]
+    return means.cut(only(down, method.plan(state.round).down), state.scales.ranks.get(client))
+
+
+def delivered(state: ServerState, clients: Sequence[str]) -> ServerState:
+    """The state after these clients were sent what was theirs."""
+    sent = {**state.deliveries.sent, **dict.fromkeys(clients, state.round)}
+    return state.with_(deliveries=replace(state.deliveries, sent=sent))
+
+
+def sketched(method: Method, state: ServerState, replies: Sequence[Reply]) -> ServerState:
+    """The state with newcomers' sketches, after the method has welcomed them."""
+    new = {reply.client: reply.sketch for reply in sorted(replies, key=lambda r: r.client) if reply.sketch is not None}
+    state = state.with_(sketches={**state.sketches, **new})
+    return state if method.welcome is None else method.welcome(state)
+
+
+def server_step(method: Method, state: ServerState, replies: Sequence[Reply]) -> ServerState:
+    """The next state; the order of replies changes nothing, and without replies only the round counts on."""
+    ordered = sorted(replies, key=lambda reply: reply.client)
+    state = state.with_(round=state.round + 1)
+    return method.aggregate(state, ordered) if ordered else state
+
+
+def refuse(reply: Reply, up: frozenset[str], expected: Expectation) -> str | None:
+    """Why a reply cannot be used, in one line, or None: keys, shapes, finiteness, norms, number of examples."""
+    shapes = expected.shapes(reply.client, up)
+    if missing := set(shapes) - set(reply.up):
+        return f"{reply.client}: {len(missing)} expected tensors are missing, among them {min(missing)}"
+    if extra := set(reply.up) - set(shapes):
+        return f"{reply.client}: {len(extra)} tensors do not travel in this method, among them {min(extra)}"
+    if reply.num_examples < 1:
+        return f"{reply.client}: expected at least 1 training example, got {reply.num_examples}"
+    for key, value in reply.up.items():
+        if tuple(value.shape) != shapes[key]:
+            return f"{reply.client}: {key.factor} of {key.layer} has shape {tuple(value.shape)}, expected {shapes[key]}"
+        norm = float(torch.linalg.vector_norm(value.double()))
+        if not norm <= expected.norm_bound:
+            what = f"{reply.client}: {key.factor} of {key.layer}"
+            return f"{what} has norm {norm:.3g}, expected a finite one up to {expected.norm_bound:g}"
+    return None
+
+
+def accept(replies: Sequence[Reply], up: frozenset[str], expected: Expectation) -> tuple[list[Reply], list[str]]:
+    """(the replies that can be used, why the others cannot)."""
+    judged = [(reply, refuse(reply, up, expected)) for reply in replies]
+    return [reply for reply, why in judged if why is None], [why for _, why in judged if why is not None]

@@ -1,0 +1,95 @@
+"""What travels between the server and a client: requests, replies, sketches, and what became of them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from fedtri.adapters.layout import Factors
+
+POOLED = "pooled"
+"""The pseudo-client that holds everyone's training data, where a method asks for one."""
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A Gaussian mixture with diagonal covariance."""
+
+    weights: Float[np.ndarray, "components"]
+    means: Float[np.ndarray, "components d"]
+    variances: Float[np.ndarray, "components d"]
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """What a client says about its data, once: class counts, and a mixture of features for each class large enough."""
+
+    counts: Int[np.ndarray, "classes"]
+    mixtures: Mapping[int, Mixture]
+
+
+Phase = Literal["sketch", "train", "evaluate"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the server asks of one client: a phase of a round, and the factors coming down with it.
+
+    Plan and seed do not travel: both ends derive them from the method, the run's seed, the round and the client.
+    """
+
+    phase: Phase
+    round: int
+    client: str
+    down: Factors
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a client answers: the factors going up, how many training examples it has, metrics, once a sketch."""
+
+    client: str
+    round: int
+    up: Factors
+    num_examples: int
+    metrics: Mapping[str, float]
+    sketch: Sketch | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A reply as it came off the wire, with the bytes that were really encoded for it in both directions."""
+
+    reply: Reply
+    up: int
+    down: int
+    seconds: float | None = None
+    """From sending the task to reading the reply, where that is measured."""
+    retries: int = 0
+    """How often the client had to be asked again."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A client that was asked and has no usable answer, and why, in one line that names it."""
+
+    client: str
+    reason: str
+    refused: bool = False
+    """Whether it did answer, with what cannot be accepted; else it is late, gone, or said that it failed."""
+    retries: int = 0
+
+
+@runtime_checkable
+class Transport(Protocol):
+    """Carries tasks to clients and replies back; both directions pass through the wire format."""
+
+    def clients(self) -> list[str]:
+        """The ids of the clients that can be asked now, sorted; on a network it waits until there are enough."""
+        ...
+
+    def exchange(self, tasks: Sequence[Request]) -> Sequence[Answer | Failure]:
+        """Ask every task's client; answers in any order, and a failure where there is none or one too many."""
+        ...

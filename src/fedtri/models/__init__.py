@@ -1,0 +1,1 @@
+"""Where models come from, which layers are adapted, and PEFT's format in and out."""

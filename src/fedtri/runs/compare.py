@@ -1,0 +1,194 @@
+"""Methods × grid × seeds on one federation, a run directory each; finished runs are kept, interrupted ones resumed.
+
+Partition, initial A, sketches and batches are functions of the configuration and the seed, so methods share them. One
+head policy holds for all: where the configuration leaves it to each method ("default"), the head stays personal.
+"""
+
+import inspect
+import itertools
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedtri import config as configuration
+from fedtri import methods
+from fedtri.config import Config
+from fedtri.errors import FedtriError
+from fedtri.report import page, reading, tables
+from fedtri.report.reading import COMPARISON, Run
+from fedtri.runs import lifecycle
+from fedtri.storage import run_directory
+
+QUIET = lifecycle.Listener()
+
+
+@dataclass(frozen=True)
+class Member:
+    """One run of a comparison: the name of its folder, and its configuration without `out`."""
+
+    name: str
+    config: Config
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A comparison: its folder, its runs in order, the grid's keys, and the method differences are taken from."""
+
+    folder: Path
+    members: tuple[Member, ...]
+    keys: tuple[str, ...]
+    baseline: str
+
+
+@dataclass(frozen=True)
+class Step:
+    """A run of the comparison before a round (`line` None: it begins), after one, or found finished (`kept`)."""
+
+    number: int
+    of: int
+    member: Member
+    folder: Path
+    line: Mapping[str, Any] | None = None
+    kept: bool = False
+
+
+def plan(
+    config: Path | None,
+    names: Sequence[str],
+    *,
+    seeds: Sequence[int] | None = None,
+    grid: Mapping[str, Sequence[Any]] | None = None,
+    out: Path | None = None,
+    settings: Sequence[str] = (),
+    baseline: str | None = None,
+) -> Plan:
+    """Every configuration of the comparison, checked before anything runs.
+
+    A [method_options] key, given in the file, by `settings` or in the grid, goes to the methods that have it.
+
+    Raises:
+        FedtriError: Naming the key, what was expected and what was found.
+    """
+    if not names:
+        raise FedtriError("--methods: expected at least one method, separated by commas")
+    if baseline is not None and baseline not in names:
+        raise FedtriError(f"--baseline: expected one of the compared methods ({', '.join(names)}), got {baseline!r}")
+    grid = dict(grid or {})
+    members: dict[str, Member] = {}
+    for values in itertools.product(*grid.values()):
+        for name, seed in itertools.product(names, seeds or [None]):
+            point = dict(zip(grid, values, strict=True))
+            member = _member(config, name, seed, point, settings)
+            members.setdefault(member.name, member)
+    folder = out or Path("runs") / f"compare-{config.stem if config else 'demo'}"
+    return Plan(folder, tuple(members.values()), tuple(grid), baseline or names[0])
+
+
+def parse_grid(text: str) -> tuple[str, list[Any]]:
+    """`key=v1,v2` as the key and its values, each as TOML or, failing that, as a string."""
+    key, equals, values = text.partition("=")
+    if not equals or not all(part.strip() for part in (key, *values.split(","))):
+        raise FedtriError(f"--grid {text!r}: expected key=value,value,…")
+    return key.strip(), [configuration.parse_setting(f"{key}={value}")[1] for value in values.split(",")]
+
+
+def run(comparison: Plan, listener: lifecycle.Listener = QUIET) -> Iterator[Step]:
+    """Run what is missing, then write table.csv, table.md and report.html over all finished runs of the folder.
+
+    Raises FedtriError where another process works on the folder, or it holds something else.
+    """
+    folder = _claim(comparison.folder)
+    with run_directory.locked(folder):
+        about = {"baseline": comparison.baseline, "grid": comparison.keys, "runs": [m.name for m in comparison.members]}
+        run_directory.write_json(folder / COMPARISON, about)
+        for number, member in enumerate(comparison.members, 1):
+            own = folder / member.name
+            step = Step(number, len(comparison.members), member, own)
+            if _state(own, member) == "finished":
+                yield Step(step.number, step.of, member, own, kept=True)
+                continue
+            yield step
+            asked = member.config.model_copy(update={"out": str(own)})
+            begun = (own / "config.toml").exists()
+            for progress in lifecycle.resume(own, listener) if begun else lifecycle.run(asked, listener):
+                yield Step(step.number, step.of, member, own, progress.line)
+        write(comparison)
+
+
+def finished(folder: Path) -> list[Run]:
+    """The finished runs in a comparison's folder, in the order they were asked for."""
+    return [run for run in map(reading.load, reading.find([folder])) if run.finished]
+
+
+def write(comparison: Plan) -> None:
+    """table.csv, table.md and report.html from the finished runs in the comparison's folder."""
+    folder, baseline, found = comparison.folder, comparison.baseline, finished(comparison.folder)
+    groups = tables.grouped(found)
+    text = tables.markdown(tables.readable(groups, baseline)) + f"\n{tables.caption(groups, baseline)}\n"
+    run_directory.write_text(folder / "table.csv", tables.frame(groups, comparison.keys).to_csv(index=False))
+    run_directory.write_text(folder / "table.md", text)
+    page.write(found, folder / "report.html", baseline)
+
+
+def _member(
+    config: Path | None, name: str, seed: int | None, point: Mapping[str, Any], settings: Sequence[str]
+) -> Member:
+    if name not in methods.METHODS:
+        raise FedtriError(f"--methods: unknown method {name!r}; expected some of {', '.join(methods.METHODS)}")
+    known = {f"method_options.{option}" for option in inspect.signature(methods.METHODS[name]).parameters}
+    mine = {key: value for key, value in point.items() if not key.startswith("method_options.") or key in known}
+    more = [f"{key}={_toml(value)}" for key, value in mine.items()]
+    loaded = configuration.load(config, [*settings, *more, f"method={_toml(name)}"])
+    options = {key: value for key, value in loaded.method_options.items() if f"method_options.{key}" in known}
+    loaded = loaded.model_copy(
+        update={
+            "out": None,
+            "method_options": options,
+            "seed": loaded.seed if seed is None else seed,
+            "head": "personal" if loaded.head == "default" else loaded.head,
+        }
+    )
+    methods.build(name, options, loaded.head)
+    at = "".join(f"-{key.rpartition('.')[2]}={_plain(value)}" for key, value in mine.items())
+    return Member(f"{name}{at}-seed{loaded.seed}", loaded)
+
+
+def _claim(folder: Path) -> Path:
+    """The comparison's folder, made where it is absent."""
+    if folder.exists() and not folder.is_dir():
+        raise FedtriError(f"--out: {folder} is a file; expected a folder")
+    present = {p.name for p in folder.iterdir()} - {".lock"} if folder.exists() else set()
+    if present and COMPARISON not in present:
+        raise FedtriError(f"--out: {folder} is not empty and holds no comparison ({min(present)} is there)")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FedtriError(f"--out: {folder} cannot be made: {error.strerror}") from None
+    return folder
+
+
+def _state(folder: Path, member: Member) -> str:
+    """ "finished", "begun" or "absent". Raises FedtriError where the folder holds a run of other settings."""
+    if not (folder / "config.toml").exists():
+        if folder.exists():  # killed while it was being set up: nothing in it is of use
+            with run_directory.locked(folder):
+                shutil.rmtree(folder)
+        return "absent"
+    found, asked = (c.model_dump(exclude={"out"}) for c in (configuration.load(folder / "config.toml"), member.config))
+    if changed := [key for key in asked if found.get(key) != asked[key]]:
+        key = changed[0]
+        raise FedtriError(
+            f"{folder}: holds a run with {key} = {found.get(key)!r}, asked for is {asked[key]!r}; choose another --out"
+        )
+    return "finished" if (folder / "summary.json").exists() else "begun"
+
+
+def _toml(value: object) -> str:
+    return json.dumps(value)
+
+
+def _plain(value: object) -> str:
+    return "".join(c if c.isalnum() or c in "._+-" else "_" for c in str(value))

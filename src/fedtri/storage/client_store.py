@@ -1,0 +1,74 @@
+"""Each client's own tensors on its own disk, one safetensors file a save, never overwritten in place.
+
+A save writes a new file and remembers it as current; what a checkpoint refers to stays until pruned. So a run that is
+killed in the middle of a round finds every client as the last checkpoint left it, and idle clients cost no memory.
+"""
+
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors.torch
+
+from fedtri.adapters.layout import Factors, key_name, parse_key
+from fedtri.errors import FedtriError
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A file and the digest of its bytes."""
+
+    file: str
+    digest: str
+
+
+class ClientStore:
+    """Clients' tensors under one folder; `current` says which file is each client's."""
+
+    def __init__(self, folder: Path, current: Mapping[str, Saved] | None = None) -> None:
+        self.folder, self.current = folder, dict(current or {})
+
+    def load(self, client: str) -> Factors | None:
+        """The client's tensors as last saved, or None for one that has not trained yet."""
+        if (saved := self.current.get(client)) is None:
+            return None
+        tensors = safetensors.torch.load(read_checked(self.folder / saved.file, saved.digest))
+        return {parse_key(name): value for name, value in tensors.items()}
+
+    def save(self, client: str, factors: Factors, tag: str) -> None:
+        """Write the client's tensors under a name of their own and make them current."""
+        data = safetensors.torch.save({key_name(key): value.contiguous() for key, value in factors.items()})
+        file = f"{client}/{tag}.safetensors"
+        self.current[client] = Saved(file, write_atomic(self.folder / file, data))
+
+    def prune(self, keep: set[str]) -> None:
+        """Delete the files that are neither current nor in `keep`."""
+        keep = keep | {saved.file for saved in self.current.values()}
+        for path in self.folder.glob("*/*.safetensors"):
+            if str(path.relative_to(self.folder)) not in keep:
+                path.unlink()
+
+
+def write_atomic(path: Path, data: bytes) -> str:
+    """Write beside the target, flush to disk, rename over it; returns the digest of the bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
+    with part.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+    return hashlib.sha256(data).hexdigest()
+
+
+def read_checked(path: Path, digest: str) -> bytes:
+    """The file's bytes. Raises FedtriError where it is missing or not what was written."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise FedtriError(f"{path}: cannot be read: {error.strerror}") from None
+    if hashlib.sha256(data).hexdigest() != digest:
+        raise FedtriError(f"{path}: the file was cut short or changed since it was written")
+    return data

@@ -1,1 +1,0 @@
-"""Ways to carry tasks to clients and replies back."""
