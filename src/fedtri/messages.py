@@ -2,15 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from fedtri.adapters.layout import Factors
+from fedtri.metrics import Phase
 
-POOLED = "pooled"
-"""The pseudo-client that holds everyone's training data, where a method asks for one."""
+POOLED = "(pooled)"
+"""The pseudo-client that holds everyone's training data, where a method asks for one. No client can have this name:
+a natural client's has every bracket as %28 and %29, a network's takes letters, digits, ".", "_" and "-"."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +30,6 @@ class Sketch:
 
     counts: Int[np.ndarray, "classes"]
     mixtures: Mapping[int, Mixture]
-
-
-Phase = Literal["sketch", "train", "evaluate"]
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ class Answer:
     up: int
     down: int
     seconds: float | None = None
-    """From sending the task to reading the reply, where that is measured."""
+    """From sending the request to reading the reply, where that is measured."""
     retries: int = 0
     """How often the client had to be asked again."""
 
@@ -78,18 +77,20 @@ class Failure:
     client: str
     reason: str
     refused: bool = False
-    """Whether it did answer, with what cannot be accepted; else it is late, gone, or said that it failed."""
+    """True: the client answered, but the answer cannot be used. False: it is late, gone, or said that it failed."""
     retries: int = 0
 
 
 @runtime_checkable
 class Transport(Protocol):
-    """Carries tasks to clients and replies back; both directions pass through the wire format."""
+    """Carries requests to clients and replies back; both directions pass through the codec, which checks them."""
 
     def clients(self) -> list[str]:
         """The ids of the clients that can be asked now, sorted; on a network it waits until there are enough."""
         ...
 
-    def exchange(self, tasks: Sequence[Request]) -> Sequence[Answer | Failure]:
-        """Ask every task's client; answers in any order, and a failure where there is none or one too many."""
+    def exchange(self, requests: Sequence[Request]) -> Sequence[Answer | Failure]:
+        """Ask the client of every request. Answers, which can be used, come in any order; each request that brings none
+        gives a failure, and so does a further answer to one request.
+        """
         ...

@@ -21,16 +21,16 @@ import platform
 import random
 import re
 import sysconfig
-import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 
 import pyarrow as pa
 
+from fedtri import atomic
 from fedtri.data.pool import Source
 from fedtri.errors import FedtriError
 
@@ -169,14 +169,9 @@ def read_cache(path: Path) -> dict[str, list[str]] | None:
 
 
 def write_cache(path: Path, texts: Mapping[str, list[str]]) -> None:
-    """Keep the texts for the next run, all or nothing; a place that cannot be written is no error."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False) as file:
-            json.dump({"digest": digest_of(texts), "texts": texts}, file)
-        os.replace(file.name, path)
-    except OSError:
-        return
+    """Keep the texts for the next run, all or nothing. A place that cannot be written to is no error."""
+    with suppress(OSError):
+        atomic.write_text(path, json.dumps({"digest": digest_of(texts), "texts": texts}))
 
 
 def digest_of(texts: Mapping[str, list[str]]) -> str:

@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from fedtri import atomic
 from fedtri.adapters.bank import Cohort
 from fedtri.adapters.initial import core_of, effective_update
 from fedtri.adapters.layer import Kind, TriLinear, weight_of
@@ -69,14 +70,11 @@ def write_peft(
         base_model_name_or_path=base_model,
         inference_mode=True,
     )
-    part = folder.with_name(f".{folder.name}.part")
-    part.mkdir(parents=True, exist_ok=True)
-    config.save_pretrained(str(part))
-    safetensors.torch.save_file(tensors, part / "adapter_model.safetensors", metadata={"format": "pt"})
-    if labels is not None:
-        (part / "labels.json").write_text(json.dumps(list(labels), indent=2) + "\n")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    part.replace(folder)
+    with atomic.folder(folder) as part:
+        config.save_pretrained(str(part))
+        safetensors.torch.save_file(tensors, part / "adapter_model.safetensors", metadata={"format": "pt"})
+        if labels is not None:
+            atomic.write_json(part / "labels.json", list(labels))
 
 
 def unexportable(layout: Layout) -> str | None:
