@@ -86,7 +86,7 @@ class LocalRound(Protocol):
     plan: Plan
     clients: Sequence[str]
     received: Sequence[Factors]
-    """What each client starts the round with: its own tensors, after the method has received what came down."""
+    """What each client starts the round with: its own tensors, with what came down over them."""
 
     def train(
         self,

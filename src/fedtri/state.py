@@ -11,7 +11,7 @@ from fedtri.adapters.layout import Factors, Key
 from fedtri.messages import Reply, Sketch
 
 Tree = Mapping[str, "Tree | Tensor"]
-"""A tree of tensors: each name holds a tensor or another tree."""
+"""Tensors under names, and such mappings under names."""
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ class LearningTask(Protocol):
         ...
 
     def features(self, model: nn.Module, batch: Batch) -> Float[Tensor, "batch d"]:
-        """One vector for each sample, from the backbone."""
+        """One vector a sample, from the backbone."""
         ...
 
     def more_metrics(

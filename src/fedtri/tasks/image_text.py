@@ -2,8 +2,8 @@
 
     p(class | image) ∝ exp(t · cos(image tower(image), text tower(prompt of the class)))     t: the model's own scale
 
-Both towers are adapted. There is no head: classes are words, so clients may have different classes, and a new class
-needs only a name. Each client has its own text tower, so the prompts pass through it once for each client in a batch.
+Both towers are adapted and there is no head: classes are words, so clients may differ in them and a new one needs only
+its name. Each client's text tower is another, so the prompts pass through it once for each client of a batch.
 Source: CLIP, arXiv:2103.00020, section 3.1.4.
 """
 
