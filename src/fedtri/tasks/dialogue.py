@@ -24,7 +24,7 @@ class Segment:
     learned: bool
     """Whether its tokens carry loss."""
     begins: bool = True
-    """Whether the tokenizer's first token goes before it, if it is the first segment."""
+    """Whether the tokenizer's beginning-of-sequence token goes before it, if it is the first segment."""
     ends: bool = False
     """Whether the end-of-sequence token follows it."""
 
