@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from fedtri.adapters.layout import Factors
 from fedtri.messages import Reply
@@ -76,17 +76,32 @@ class Update:
     """The tensors from which the plan's `up` is sent; None: from those that are kept."""
 
 
+@runtime_checkable
 class LocalRound(Protocol):
     """One round at the clients' side, for one client or for several that share a backbone.
 
     Every list has one item for each of `clients`, in their order.
     """
 
-    round: int
-    plan: Plan
-    clients: Sequence[str]
-    received: Sequence[Factors]
-    """What each client starts the round with: its own tensors, with what came down over them."""
+    @property
+    def round(self) -> int:
+        """The round, counted from 0."""
+        ...
+
+    @property
+    def plan(self) -> Plan:
+        """The method's plan of this round."""
+        ...
+
+    @property
+    def clients(self) -> Sequence[str]:
+        """The clients that train here in this round."""
+        ...
+
+    @property
+    def received(self) -> Sequence[Factors]:
+        """What each client starts the round with: its own tensors, with what came down over them."""
+        ...
 
     def train(
         self,

@@ -10,7 +10,7 @@ from torch import Tensor
 from fedtri.adapters.layout import Factors, Key
 from fedtri.messages import Reply, Sketch
 
-Tree = Mapping[str, "Tree | Tensor"]
+Tree = Mapping[str, Any]
 """Tensors under names, and such mappings under names."""
 
 
