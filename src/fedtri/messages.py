@@ -26,7 +26,7 @@ class Mixture:
 
 @dataclass(frozen=True)
 class Sketch:
-    """What a client says about its data, once: class counts, and a mixture of features for each class large enough."""
+    """A summary of a client's data, sent once: class counts, and a mixture of features for each large enough class."""
 
     counts: Int[np.ndarray, "classes"]
     mixtures: Mapping[int, Mixture]
@@ -34,9 +34,9 @@ class Sketch:
 
 @dataclass(frozen=True)
 class Request:
-    """What the server asks of one client: a phase of a round, and the factors coming down with it.
+    """What the server asks of one client: a phase of a round, and the factors that it sends down.
 
-    Plan and seed do not travel: both ends derive them from the method, the run's seed, the round and the client.
+    Plan and seed do not travel. Both ends derive them from the method, the run's seed, the round and the client.
     """
 
     phase: Phase
@@ -47,7 +47,10 @@ class Request:
 
 @dataclass(frozen=True)
 class Reply:
-    """What a client answers: the factors going up, how many training examples it has, metrics, once a sketch."""
+    """What a client answers: the factors that it sends up, its number of training examples, its metrics.
+
+    The reply to a "sketch" request also holds a sketch.
+    """
 
     client: str
     round: int
@@ -59,7 +62,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class Answer:
-    """A reply as it came off the wire, with the bytes that were really encoded for it in both directions."""
+    """A decoded reply, with the bytes that were encoded: `up` for the reply, `down` for the request."""
 
     reply: Reply
     up: int
@@ -72,7 +75,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Failure:
-    """A client that was asked and has no usable answer, and why, in one line that names it."""
+    """A client that was asked but gave no usable answer. `reason` is one line that names the client."""
 
     client: str
     reason: str

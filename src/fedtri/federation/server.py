@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from fedtri.adapters.layout import Factors, Key, Layout, only
-from fedtri.aggregation import means
+from fedtri.aggregation import pairs
 from fedtri.messages import Reply, Request
 from fedtri.method import Method
 from fedtri.metrics import Phase
@@ -54,7 +54,7 @@ def downlink(method: Method, state: ServerState, client: str) -> Factors:
     down = {key: state.shared[key] for key, changed in state.deliveries.shared.items() if changed > have}
     if state.deliveries.personal.get(client, 0) > have:
         down |= state.personal[client]
-    return means.cut(only(down, method.plan(state.round).down), state.scales.ranks.get(client))
+    return pairs.cut(only(down, method.plan(state.round).down), state.scales.ranks.get(client))
 
 
 def delivered(state: ServerState, clients: Sequence[str]) -> ServerState:

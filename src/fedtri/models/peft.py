@@ -1,4 +1,4 @@
-"""Ordinary PEFT LoRA adapters in and out: B·C is folded into B, so that any tool that reads LoRA can serve them."""
+"""Reads and writes ordinary PEFT adapters. B·C is written as B, so every tool that reads LoRA can serve the result."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -78,7 +78,7 @@ def write_peft(
 
 
 def unexportable(layout: Layout) -> str | None:
-    """Why PEFT has no format for a client's tensors, or None where it has."""
+    """Why PEFT has no format for a client's tensors; None if it has one."""
     if layout.backbone:
         return "export: the whole model was trained, there is no adapter"
     if "W" in layout.extra:
@@ -100,9 +100,16 @@ def _peft_config(cohort: Cohort, alpha: float, **common: Any) -> "PeftConfig":
 
 
 def read_peft(folder: str | Path, layout: Layout, rank: int, alpha: float) -> dict[Key, Tensor]:
-    """A and B of an existing PEFT LoRA adapter, B rescaled so that ΔW is the same under this run's alpha.
+    """A and B of an existing PEFT LoRA adapter. B is rescaled, so that ΔW is the same with this run's alpha.
 
-    Raises FedtriError where the folder is no LoRA adapter, has another rank, or lacks one of the layers.
+    Args:
+        folder: The folder that PEFT wrote.
+        layout: The layers of this run.
+        rank: This run's rank; the adapter's must be equal.
+        alpha: This run's alpha.
+
+    Raises:
+        FedtriError: If the folder holds no plain LoRA adapter, has another rank, or lacks one of the layers.
     """
     folder = Path(folder)
     try:
@@ -133,7 +140,7 @@ def read_peft(folder: str | Path, layout: Layout, rank: int, alpha: float) -> di
 def merge(
     model: nn.Module, factors: Mapping[Key, Tensor], layout: Layout, scale: float, kind: Kind = "lora"
 ) -> nn.Module:
-    """The plain model with the client's update in its weights and its head in place (changed in place)."""
+    """Write a client's update and head into the plain model's own weights. Changes `model` and returns it."""
     with torch.no_grad():
         for layer in layout.layers:
             base = model.get_submodule(layer.name)
