@@ -322,7 +322,7 @@ class Lab:
         values |= {"wire__dtype": "float64"} if double else {}
         built = simulation.build(getattr(self, of)(**values), ClientStore(store))
         if double:
-            built.site.executor.cohort.model.double()
+            built.opened.bank.model.double()
         return built
 
 
@@ -349,8 +349,8 @@ LAWFUL: list[tuple[str, dict[str, Any]]] = [(name, NEEDS.get(name, {})) for name
 
 def rounds(built: simulation.Federation, **changes: Any) -> Iterator[loop.Progress]:
     """The federation's rounds, without a run directory."""
-    schedule = replace(built.schedule, **changes)
-    return loop.run(built.method, built.transport, built.expected, schedule)
+    schedule = replace(built.spec.schedule, **changes)
+    return loop.run(built.method, built.transport, built.spec.scales, schedule)
 
 
 def clients_tensors(built: simulation.Federation) -> dict[str, Factors]:

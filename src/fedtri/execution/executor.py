@@ -80,6 +80,10 @@ class Executor(Protocol):
 
     layout: Layout
 
+    def describe(self) -> str:
+        """One line for the log and summary.json: which executor this is, and why no faster one."""
+        ...
+
     def train(
         self,
         work: Sequence[Training],

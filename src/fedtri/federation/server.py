@@ -8,8 +8,9 @@ import torch
 
 from fedtri.adapters.layout import Factors, Key, Layout, only
 from fedtri.aggregation import pairs
-from fedtri.messages import Phase, Reply, Request
+from fedtri.messages import Reply, Request
 from fedtri.method import Method
+from fedtri.metrics import Phase
 from fedtri.seeds import derive
 from fedtri.state import Scales, ServerState
 
@@ -93,9 +94,3 @@ def refuse(reply: Reply, up: frozenset[str], expected: Expectation) -> str | Non
             what = f"{reply.client}: {key.factor} of {key.layer}"
             return f"{what} has norm {norm:.3g}, expected a finite one up to {expected.norm_bound:g}"
     return None
-
-
-def accept(replies: Sequence[Reply], up: frozenset[str], expected: Expectation) -> tuple[list[Reply], list[str]]:
-    """(the replies that can be used, why the others cannot)."""
-    judged = [(reply, refuse(reply, up, expected)) for reply in replies]
-    return [reply for reply, why in judged if why is None], [why for _, why in judged if why is not None]
