@@ -54,6 +54,9 @@ class AdapterSpec:
     """The kinds of adapter that the method is defined for: lora, dora, hira."""
     mixed_ranks: bool = False
     """Whether clients may differ in rank."""
+    personal_copy: bool = False
+    """Whether a client keeps a second adapter and head at home, under `LocalRound.remember("personal", …)`, and reports
+    its scores as NAME_personal."""
 
 
 @dataclass(frozen=True)

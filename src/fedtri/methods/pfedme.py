@@ -9,7 +9,7 @@ from fedtri.adapters.layout import Factors
 from fedtri.aggregation import means
 from fedtri.errors import FedtriError
 from fedtri.messages import Reply
-from fedtri.method import LocalRound, Method, Paper, Plan, Update
+from fedtri.method import AdapterSpec, LocalRound, Method, Paper, Plan, Update
 from fedtri.state import ServerState
 
 PAPER = Paper(
@@ -46,7 +46,8 @@ def pfedme(*, lam: float = 0.1, pull: float = 0.8) -> Method:
     def aggregate(state: ServerState, replies: Sequence[Reply]) -> ServerState:
         return means.share(state, means.mean(replies, frozenset("AB")))
 
-    return Method("pfedme", PAPER, lambda _: plan, aggregate, local_update, averages=True)
+    adapter = AdapterSpec(personal_copy=True)
+    return Method("pfedme", PAPER, lambda _: plan, aggregate, local_update, adapter=adapter, averages=True)
 
 
 def _towards(start: Factors, personal: Factors, pull: float, learns: frozenset[str]) -> Factors:
