@@ -128,7 +128,7 @@ def resume(folder: Folder, track: Track = None) -> None:
     from fedtri.cli import display
     from fedtri.runs import lifecycle, tracking
 
-    began, now = run_directory.read_threads(folder), torch.get_num_threads()
+    began, now = run_directory.read_environment(folder).get("threads"), torch.get_num_threads()
     if began not in (None, now):
         console.print(f"the run began on {began} threads, this is {now}: float32 rounds otherwise, unless "
                       f"OMP_NUM_THREADS={began}")  # fmt: skip

@@ -19,6 +19,9 @@ class InterimExecutor:
         self.cohort, self.task, self.examples, self.token_budget = cohort, task, examples, token_budget
         self.layout = cohort.layout
 
+    def describe(self) -> str:
+        return "interim"
+
     def put(self, slot, model):
         self.cohort.write(slot, model.factors, model.rank, model.alpha, model.classes)
 

@@ -5,8 +5,6 @@ personal_k ≈ argmin F_k(θ) + λ/2 ‖θ − received‖²; sent_k = received 
 
 from collections.abc import Sequence
 
-import torch
-
 from fedtri.adapters.layout import Factors
 from fedtri.aggregation import means
 from fedtri.errors import FedtriError
@@ -54,5 +52,6 @@ def pfedme(*, lam: float = 0.1, pull: float = 0.8) -> Method:
 def _towards(start: Factors, personal: Factors, pull: float, learns: frozenset[str]) -> Factors:
     """start + pull · (personal − start) of the factors that learn."""
     return {
-        key: torch.lerp(start[key], value, pull) if key.factor in learns else value for key, value in personal.items()
+        key: start[key] + pull * (value - start[key]) if key.factor in learns else value
+        for key, value in personal.items()
     }

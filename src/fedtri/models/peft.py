@@ -1,4 +1,4 @@
-"""Ordinary PEFT LoRA adapters in and out: B·C is folded into B, so that any tool that reads LoRA can serve them."""
+"""Reads and writes ordinary PEFT adapters. B·C is written as B, so every tool that reads LoRA can serve the result."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from fedtri import atomic
 from fedtri.adapters.bank import Cohort
 from fedtri.adapters.initial import core_of, effective_update
 from fedtri.adapters.layer import Kind, TriLinear, weight_of
@@ -69,18 +70,15 @@ def write_peft(
         base_model_name_or_path=base_model,
         inference_mode=True,
     )
-    part = folder.with_name(f".{folder.name}.part")
-    part.mkdir(parents=True, exist_ok=True)
-    config.save_pretrained(str(part))
-    safetensors.torch.save_file(tensors, part / "adapter_model.safetensors", metadata={"format": "pt"})
-    if labels is not None:
-        (part / "labels.json").write_text(json.dumps(list(labels), indent=2) + "\n")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    part.replace(folder)
+    with atomic.folder(folder) as part:
+        config.save_pretrained(str(part))
+        safetensors.torch.save_file(tensors, part / "adapter_model.safetensors", metadata={"format": "pt"})
+        if labels is not None:
+            atomic.write_json(part / "labels.json", list(labels))
 
 
 def unexportable(layout: Layout) -> str | None:
-    """Why PEFT has no format for a client's tensors, or None where it has."""
+    """Why PEFT has no format for a client's tensors; None if it has one."""
     if layout.backbone:
         return "export: the whole model was trained, there is no adapter"
     if "W" in layout.extra:
@@ -102,9 +100,16 @@ def _peft_config(cohort: Cohort, alpha: float, **common: Any) -> "PeftConfig":
 
 
 def read_peft(folder: str | Path, layout: Layout, rank: int, alpha: float) -> dict[Key, Tensor]:
-    """A and B of an existing PEFT LoRA adapter, B rescaled so that ΔW is the same under this run's alpha.
+    """A and B of an existing PEFT LoRA adapter. B is rescaled, so that ΔW is the same with this run's alpha.
 
-    Raises FedtriError where the folder is no LoRA adapter, has another rank, or lacks one of the layers.
+    Args:
+        folder: The folder that PEFT wrote.
+        layout: The layers of this run.
+        rank: This run's rank; the adapter's must be equal.
+        alpha: This run's alpha.
+
+    Raises:
+        FedtriError: If the folder holds no plain LoRA adapter, has another rank, or lacks one of the layers.
     """
     folder = Path(folder)
     try:
@@ -135,7 +140,7 @@ def read_peft(folder: str | Path, layout: Layout, rank: int, alpha: float) -> di
 def merge(
     model: nn.Module, factors: Mapping[Key, Tensor], layout: Layout, scale: float, kind: Kind = "lora"
 ) -> nn.Module:
-    """The plain model with the client's update in its weights and its head in place (changed in place)."""
+    """Write a client's update and head into the plain model's own weights. Changes `model` and returns it."""
     with torch.no_grad():
         for layer in layout.layers:
             base = model.get_submodule(layer.name)

@@ -6,7 +6,7 @@ import torch
 from fedtri.adapters.layout import Key
 from fedtri.aggregation import server_optimizers
 from fedtri.errors import FedtriError
-from fedtri.state import ServerState
+from fedtri.state import Deliveries, ServerState
 from fedtri.storage import checkpoint
 from fedtri.storage.client_store import ClientStore
 from tiny import assert_same, rounds
@@ -18,7 +18,7 @@ def moved(step, *averages: float) -> list[float]:
     """What is shared after each round, where the clients' averages are these numbers."""
     state, seen = ServerState(), []
     for round, average in enumerate(averages, 1):
-        after = state.with_(round=round, shared={KEY: torch.tensor([average])}, changed={KEY: round})
+        after = state.with_(round=round, shared={KEY: torch.tensor([average])}, deliveries=Deliveries({KEY: round}))
         state = step(state, after)
         seen.append(float(state.shared[KEY]))
     return seen
@@ -49,11 +49,11 @@ def test_fedadam_moves_by_the_learning_rate():
 def test_its_memory_survives_a_checkpoint(lab, tmp_path, name):
     built = lab.federation(tmp_path / "clients", method="rolora", server__optimizer=name)
     *_, last = rounds(built, rounds=3)
-    assert last.state.memory["first"]
+    assert last.state.own[server_optimizers.MOMENTS]["first"]
     checkpoint.save(tmp_path / "checkpoints", last.state, built.site.store, {})
     found = checkpoint.load(tmp_path / "checkpoints", tmp_path / "clients")
     assert found is not None
-    assert_same(found.state.memory, last.state.memory)
+    assert_same(found.state.own, last.state.own)
     assert isinstance(built.site.store, ClientStore)
 
 

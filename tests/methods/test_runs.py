@@ -14,7 +14,7 @@ from fedtri.runs import lifecycle
 from fedtri.runs.simulation import client_ranks
 from tiny import NEEDS, clients_tensors, rounds
 
-MIXED = [name for name in METHODS if build(name).mixed_ranks]
+MIXED = [name for name in METHODS if build(name).adapter.mixed_ranks]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -46,9 +46,9 @@ def test_mixed_ranks_are_taken_by_these_methods_alone():
 def test_clients_of_mixed_ranks_keep_their_own(lab, tmp_path, method, rank):
     built = lab.federation(tmp_path, method=method, rank=rank)
     assert len(list(rounds(built))) == 2
-    layer = built.site.cohort.layout.layers[0].name
+    layer = built.site.executor.layout.layers[0].name
     for client, factors in clients_tensors(built).items():
-        assert factors[Key(layer, "A")].shape[0] == built.site.ranks[client]
+        assert factors[Key(layer, "A")].shape[0] == built.site.scales.ranks[client]
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name not in MIXED])

@@ -5,11 +5,11 @@ import torch
 from torch import Tensor
 
 from fedtri.adapters.layout import Factors, Key
-from fedtri.aggregation import fidelity, means, products
+from fedtri.aggregation import fidelity, means, pairs, products
 from fedtri.federation import server
 from fedtri.messages import Reply
 from fedtri.methods import METHODS, build
-from fedtri.state import ServerState
+from fedtri.state import Scales, ServerState
 
 DOUBLE = {"dtype": torch.float64}
 ALPHA = 6.0
@@ -22,7 +22,7 @@ def reply(client: str, examples: int = 1, **factors: list[list[float]]) -> Reply
 
 def step(method: str, *replies: Reply, state: ServerState | None = None, **options: object) -> ServerState:
     ranks = {r.client: next(v.shape[0] for k, v in r.up.items() if k.factor in "AC") for r in replies}
-    state = state or ServerState(alpha=ALPHA, ranks=ranks)
+    state = state or ServerState(scales=Scales(ALPHA, ranks))
     return server.server_step(build(method, options), state, replies)
 
 
@@ -54,7 +54,7 @@ def test_the_dense_total_makes_the_mean_product_exact_at_the_clients_scale(metho
 @pytest.mark.parametrize("method", ["flora", "fedex_lora"])
 def test_the_dense_total_runs_on_and_reaches_who_missed_a_round(method):
     first = step(method, ONE, TWO)
-    second = step(method, ONE, state=first.with_(ranks={"one": 1, "two": 1, "late": 1}))
+    second = step(method, ONE, state=first.with_(scales=Scales(ALPHA, {"one": 1, "two": 1, "late": 1})))
     growth = second.shared[Key("w", "W")] - first.shared[Key("w", "W")]
     pair = product(second.shared) if method == "fedex_lora" else torch.zeros(2, 3, **DOUBLE)
     torch.testing.assert_close(growth + ALPHA * pair, ALPHA * product(ONE.up), atol=1e-10, rtol=0)
@@ -120,7 +120,7 @@ def mean_product(replies: list[Reply], alpha: float | None = None) -> Tensor:
     return sum((p * s * product(r.up) for p, s, r in zip(weights, scales, replies, strict=True)), torch.zeros(()))
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if build(name).mixed_ranks])
+@pytest.mark.parametrize("method", [name for name in METHODS if build(name).adapter.mixed_ranks])
 def test_alpha_over_rank_is_right_at_both_ends_where_ranks_differ(method):
     """One rank-1 update sent by clients of ranks 1, 2 and 3: each gets it back at its own scale."""
     update = torch.tensor([[2.0], [1.0], [0.0], [-1.0]], **DOUBLE) @ torch.tensor([[1.0, 0, 2, 0, 1]], **DOUBLE)
@@ -172,7 +172,7 @@ def test_rho_is_the_dense_residual(method):
     pair = ALPHA / 2 * product(after.shared) if Key("w", "A") in after.shared else torch.zeros(4, 5, **DOUBLE)
     U, S, Vh = torch.linalg.svd(mean)
     best = U[:, :2] * S[:2] @ Vh[:2]
-    rho = fidelity.rho(ServerState(alpha=ALPHA), after, replies)
+    rho = fidelity.rho(ServerState(scales=Scales(ALPHA)), after, replies)
     assert rho["exact"]["w"] == pytest.approx(float((mean - pair - growth).norm() / mean.norm()), rel=1e-5, abs=1e-12)
     assert rho["best_rank_r"]["w"] == pytest.approx(
         float((best - pair - growth).norm() / best.norm()), rel=1e-5, abs=1e-12
@@ -187,7 +187,7 @@ def test_rho_is_silent_where_no_pair_travels():
 
 
 def test_a_padded_client_changes_no_product():
-    group = means.pairs(ServerState(alpha=1.0), drawn(seed=1, ranks=(1, 3, 2)))[0]
+    group = pairs.pairs(ServerState(), drawn(seed=1, ranks=(1, 3, 2)))[0]
     assert group.A.shape == (1, 3, 3, 5)
     for i, (r, rank) in enumerate(zip(drawn(seed=1, ranks=(1, 3, 2)), (1, 3, 2), strict=True)):
         torch.testing.assert_close(group.scale * group.B[0, i] @ group.A[0, i], product(r.up) / rank)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import PeftModel
 from torch import nn
 
 from fedtri.adapters.layer import TriLinear
@@ -50,7 +51,7 @@ def test_a_kind_starts_as_the_base_model(lab, tmp_path, kind):
     logits = []
     for name in (kind, "lora"):
         built = lab.federation(tmp_path / name, method="fedit", adapter=name, double=True)
-        built.site.cohort.write(0, built.site.initial(built.transport.clients()[0]), 3, 6.0)
+        built.site.executor.cohort.write(0, built.site.initial(built.transport.clients()[0]), 3, 6.0)
         logits.append(_logits(built))
     torch.testing.assert_close(*logits, atol=1e-6, rtol=0)
 
@@ -73,22 +74,26 @@ def test_the_others_refuse_it_in_one_line(method):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("model", ["bert", "gpt2"])
 def test_exported_it_loads_in_peft_with_the_same_logits(lab, tmp_path, kind, model):
-    peft = pytest.importorskip("peft")
     targets = {"bert": "query,intermediate.dense", "gpt2": "c_attn"}[model]
     built = lab.federation(tmp_path, kind=model, method="fedit", adapter=kind, targets=targets)
     list(rounds(built))
     site, name = built.site, built.transport.clients()[0]
     factors = site.store.load(name)
-    site.cohort.write(0, factors, 3, 6.0)
+    site.executor.cohort.write(0, factors, 3, 6.0)
     mine = _logits(built)
     peft.write_peft(
-        tmp_path / "out", factors, site.cohort, alpha=6.0, base_model=str(lab.model(model)), task_type="SEQ_CLS"
+        tmp_path / "out",
+        factors,
+        site.executor.cohort,
+        alpha=6.0,
+        base_model=str(lab.model(model)),
+        task_type="SEQ_CLS",
     )
     plain = load(str(lab.model(model)), built.label_names, Weights()).model
-    loaded = peft.PeftModel.from_pretrained(plain, str(tmp_path / "out")).eval()
+    loaded = PeftModel.from_pretrained(plain, str(tmp_path / "out")).eval()
     torch.testing.assert_close(_logits(built, loaded), mine, atol=1e-5, rtol=0)
     merged = load(str(lab.model(model)), built.label_names, Weights()).model
-    peft.merge(merged, factors, site.cohort.layout, 2.0, kind)
+    peft.merge(merged, factors, site.executor.cohort.layout, 2.0, kind)
     torch.testing.assert_close(_logits(built, merged.eval()), mine, atol=1e-5, rtol=0)
 
 
@@ -98,18 +103,20 @@ def test_merging_is_what_the_client_computes(lab, tmp_path, method):
     list(rounds(built))
     site, name = built.site, built.transport.clients()[0]
     factors = site.store.load(name)
-    site.cohort.write(0, factors, 4, 6.0)
+    site.executor.cohort.write(0, factors, 4, 6.0)
     mine = _logits(built)
     merged = load(str(lab.model()), built.label_names, Weights()).model
-    peft.merge(merged, factors, site.cohort.layout, 1.5)
+    peft.merge(merged, factors, site.executor.cohort.layout, 1.5)
     torch.testing.assert_close(_logits(built, merged.eval()), mine, atol=1e-5, rtol=0)
     if method != "ravan":
         with pytest.raises(FedtriError, match="--merge"):
-            peft.write_peft(tmp_path / "out", factors, site.cohort, alpha=6.0, base_model="x", task_type="SEQ_CLS")
+            peft.write_peft(
+                tmp_path / "out", factors, site.executor.cohort, alpha=6.0, base_model="x", task_type="SEQ_CLS"
+            )
 
 
 def _logits(built: simulation.Federation, model: nn.Module | None = None) -> torch.Tensor:
-    batch = built.site.examples.batch(built.site.splits[built.transport.clients()[0]].test)
-    built.site.cohort.route([0] * len(batch["labels"]))
+    batch = built.site.executor.examples.batch(built.site.splits[built.transport.clients()[0]].test)
+    built.site.executor.cohort.route([0] * len(batch["labels"]))
     with torch.no_grad():
-        return built.site.task.logits(model or built.site.cohort.model, batch)
+        return built.site.executor.task.logits(model or built.site.executor.cohort.model, batch)

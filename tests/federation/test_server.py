@@ -14,13 +14,13 @@ from fedtri.aggregation import means
 from fedtri.federation import server
 from fedtri.federation.server import Expectation
 from fedtri.messages import Mixture, Reply, Sketch
-from fedtri.method import Method, Plan
-from fedtri.state import ServerState
+from fedtri.method import Method, Paper, Plan
+from fedtri.state import Scales, ServerState
 from tiny import assert_same
 
 LAYOUT = Layout((Layer("one", 3, 2), Layer("two", 3, 3)), (("head.bias", (2,)),))
 CLIENTS = ["a", "b", "c", "d"]
-EXPECTED = Expectation(LAYOUT, dict.fromkeys(CLIENTS, 2), norm_bound=100.0)
+EXPECTED = Expectation(LAYOUT, Scales(2.0, dict.fromkeys(CLIENTS, 2)), norm_bound=100.0)
 A, C, B, H = Key("one", "A"), Key("one", "C"), Key("one", "B"), Key("head.bias", "H")
 
 
@@ -120,7 +120,7 @@ def test_a_client_is_sent_what_changed_since_it_was_last_sent_anything():
 
 
 def test_a_personal_tensor_comes_over_the_shared_one_and_only_once():
-    method = Method("both", "", lambda _: Plan.of("AC", "AC", "AC"), lambda state, replies: state)
+    method = Method("both", Paper("Both"), lambda _: Plan.of("AC", "AC", "AC"), lambda state, replies: state)
     state = ServerState(round=3)
     state = means.share(state, {A: torch.zeros(2, 3), C: torch.zeros(2, 2)})
     state = means.personalise(state, {"b": {C: torch.ones(2, 2)}})
@@ -133,7 +133,7 @@ def test_a_personal_tensor_comes_over_the_shared_one_and_only_once():
 
 
 def test_nothing_but_the_plans_down_comes_down():
-    method = Method("narrow", "", lambda _: Plan.of("AC", "AC", "C"), lambda state, replies: state)
+    method = Method("narrow", Paper("Narrow"), lambda _: Plan.of("AC", "AC", "C"), lambda state, replies: state)
     state = means.share(ServerState(round=1), {A: torch.zeros(2, 3), C: torch.zeros(2, 2)})
     assert set(server.downlink(method, state, "a")) == {C}
     assert [task.down for task in server.requests(method, state, ["a"], 1, "sketch")] == [{}]
@@ -188,7 +188,7 @@ def test_a_reply_at_the_bound_is_used():
 
 
 def test_a_clients_rank_is_what_the_configuration_says():
-    other = Expectation(LAYOUT, {"a": 3}, norm_bound=100.0)
+    other = Expectation(LAYOUT, Scales(2.0, {"a": 3}), norm_bound=100.0)
     assert "expected (3, 3)" in str(server.refuse(reply("a", "C"), frozenset("C"), other))
 
 
@@ -208,4 +208,4 @@ def test_a_newcomer_starts_from_cores_mixed_by_data_similarity_alone():
     torch.testing.assert_close(state.personal["c"][C], torch.full((2, 2), expected))
     assert set(server.downlink(method, state, "c")) == set(LAYOUT.keys(frozenset("C")))
     blind = methods.build("ce_lora", {"similarity": "model"})
-    assert blind.welcome(state) is state
+    assert blind.welcome is None
