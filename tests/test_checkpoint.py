@@ -25,7 +25,7 @@ from fedtri.storage.client_store import ClientStore, write_atomic
 from tiny import Lab, assert_same
 
 WANTED = {"method": "ce_lora", "rounds": 4, "clients": 4, "steps": 6, "fraction": 0.8, "simulation__cohort": 1}
-FEDTRI = [sys.executable, "-c", "from fedtri.cli import main; main()"]
+FEDTRI = [sys.executable, "-c", "from fedtri.cli.main import main; main()"]
 
 
 def fedtri(*arguments: object) -> subprocess.Popen:
