@@ -338,7 +338,7 @@ def _hear_interrupts() -> None:
 
 @pytest.mark.slow
 def test_ctrl_c_and_a_second_run_on_the_same_folder_for_real(lab, tiny, tmp_path):
-    fedtri_command = [sys.executable, "-c", "from fedtri.cli import main; main()"]
+    fedtri_command = [sys.executable, "-c", "from fedtri.cli.main import main; main()"]
     args = ["run", *map(str, tiny), "--rounds", "100000", "--out", str(tmp_path / "run")]
     running = subprocess.Popen(
         [*fedtri_command, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

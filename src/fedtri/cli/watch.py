@@ -14,7 +14,7 @@ from rich.text import Text
 
 from fedtri.metrics import STAGES
 from fedtri.report import reading
-from fedtri.report.names import amount, duration, paper_name, share
+from fedtri.report.names import NARROWEST_SPAN, amount, duration, paper_name, share
 from fedtri.report.reading import Run
 from fedtri.storage import run_directory
 
@@ -90,6 +90,7 @@ def _table(run: Run) -> Table:
 
 
 def _spark(values: list[float]) -> str:
-    low, high = min(values), max(values)
-    span = (high - low) or 1.0
+    """Accuracies as a row of blocks, which spans at least NARROWEST_SPAN from top to bottom."""
+    low = min(values)
+    span = max(max(values) - low, NARROWEST_SPAN)
     return "".join(BLOCKS[round((v - low) / span * (len(BLOCKS) - 1))] for v in values)

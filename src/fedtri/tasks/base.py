@@ -136,3 +136,5 @@ class Recipe:
     """The class of its examples if that is a dataclass of arrays; a site then keeps them on its disk."""
     answers: Answers | None = None
     """(cohort with the client in slot 0, processor, class names, inputs, max_length) to an answer each."""
+    example_input: str = "some text"
+    """What an input may look like: what the command line proposes to ask after a run."""

@@ -70,6 +70,7 @@ def causal_lm(
         skeleton=AutoModelForCausalLM.from_config,
         head=lambda model: [],
         answers=answers,
+        example_input="a prompt",
     )
 
 

@@ -31,6 +31,7 @@ def image_classification() -> Recipe:
         skeleton=partial(classes.skeleton, AutoModelForImageClassification),
         classifies=True,
         answers=answers,
+        example_input="picture.png",
     )
 
 

@@ -53,6 +53,7 @@ def image_text(*, prompt: str = "a photo of a {}") -> Recipe:
         head=lambda model: [],
         classifies=True,
         answers=partial(answers, prompt),
+        example_input="picture.png",
     )
 
 
