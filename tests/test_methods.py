@@ -12,8 +12,8 @@ from fedtri.adapters.layout import FACTORS, Key
 from fedtri.errors import FedtriError
 from fedtri.federation import server
 from fedtri.messages import Mixture, Reply, Sketch
-from fedtri.methods import METHODS
 from fedtri.method import Plan
+from fedtri.methods import METHODS
 from fedtri.state import ServerState
 
 CORE = Key("layer", "C")

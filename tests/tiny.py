@@ -312,7 +312,9 @@ class Lab:
             inner[last] = value
         return config.validated(table)
 
-    def federation(self, store: Path, *, double: bool = False, of: str = "config", **values: Any) -> simulation.Federation:
+    def federation(
+        self, store: Path, *, double: bool = False, of: str = "config", **values: Any
+    ) -> simulation.Federation:
         """A federation with its clients' tensors under `store`; in float64, on the wire too, where `double`.
 
         `of` is the method that makes its config: config, language, tagging.

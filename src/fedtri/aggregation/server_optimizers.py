@@ -5,40 +5,47 @@
 averaged for the first time has no Δ yet, as the server never held what clients started from: it is shared as it is.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
-from fedtri.adapters.layout import Key
+from fedtri.adapters.layout import Key, key_name
 from fedtri.state import ServerState
 
+ServerOptimizer = Callable[[ServerState, ServerState], ServerState]
+"""(state before the aggregation, state with the plain averages) to the next state."""
+
+MOMENTS = "server_optimizer"
+"""Under which name of the server's own state the moments are kept."""
 TAU = 1e-3
 """FedAdam's τ, the adaptivity the paper found best over all of its tasks."""
 
 
-def optimizer(
-    name: str, *, learning_rate: float, betas: tuple[float, float]
-) -> Callable[[ServerState, ServerState], ServerState]:
+def optimizer(name: str, *, learning_rate: float, betas: tuple[float, float]) -> ServerOptimizer:
     """(state before the round, state with the plain averages) to the state the server's optimiser makes of them."""
     first, second = betas
 
     def step(before: ServerState, after: ServerState) -> ServerState:
-        memory = {kind: dict(before.memory.get(kind, {})) for kind in ("first", "second")}
+        kept = before.own.get(MOMENTS, {})
+        assert isinstance(kept, Mapping)
+        memory: dict[str, dict[str, Tensor]] = {kind: dict(kept.get(kind, {})) for kind in ("first", "second")}  # pyright: ignore
         shared: dict[Key, Tensor] = dict(after.shared)
-        for key, changed in after.changed.items():
+        for key, changed in after.deliveries.shared.items():
             if changed != after.round or key not in before.shared:
                 continue
             old, delta = before.shared[key], after.shared[key] - before.shared[key]
-            m = memory["first"].get(key, torch.zeros_like(delta))
+            m = memory["first"].get(key_name(key), torch.zeros_like(delta))
             if name == "fedavgm":
-                memory["first"][key] = m = first * m + delta
+                memory["first"][key_name(key)] = m = first * m + delta
                 shared[key] = old + learning_rate * m
                 continue
-            v = memory["second"].get(key, torch.zeros_like(delta))
-            memory["first"][key] = m = first * m + (1 - first) * delta
-            memory["second"][key] = v = second * v + (1 - second) * delta**2
+            v = memory["second"].get(key_name(key), torch.zeros_like(delta))
+            memory["first"][key_name(key)] = m = first * m + (1 - first) * delta
+            memory["second"][key_name(key)] = v = second * v + (1 - second) * delta**2
             shared[key] = old + learning_rate * m / (v.sqrt() + TAU)
-        return after.with_(shared=shared, memory={kind: kept for kind, kept in memory.items() if kept})
+        return after.with_(
+            shared=shared, own={**after.own, MOMENTS: {kind: kept for kind, kept in memory.items() if kept}}
+        )
 
     return step

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from fedtri.runs import compare as comparison
 
-DEMO = Path(__file__).with_name("demo.toml")
+DEMO = Path(__file__).parents[1] / "config" / "demo.toml"
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(deployment.app, name="deploy")
 console = Console()
@@ -303,7 +303,13 @@ def methods() -> None:
             " / ".join(dict.fromkeys(" ".join(f for f in FACTORS if f in kinds) or "–" for kinds in rounds))
             for rounds in zip(*((plan.train, plan.up, plan.down) for plan in plans), strict=True)
         )
-        table.add_row(name, *travels, scope(method), "yes" if method.mixed_ranks else "–", method.source)
+        table.add_row(
+            name,
+            *travels,
+            scope(method),
+            "yes" if method.adapter.mixed_ranks else "–",
+            method.paper.link.removeprefix("https://"),
+        )
     Console(width=max(console.width, 96)).print(table)
     _say("A, C, B: the adapter; H: the head; S: scalars of C's blocks; W: a dense update; P: the whole model.")
     _say("x / y: what even and odd rounds differ in.")

@@ -182,7 +182,7 @@ class FlowerTransport:
             raise FedtriError("wire: the reply is of another node than was asked")
         up = self.up(task.round) if task.phase == "train" else frozenset[str]()
         room = sketches.most_bytes(self.sizes.classes, self.sizes.features) if task.phase == "sketch" else 0
-        said = self.terms.decode(body, task.client, self.expected.ranks[task.client], up, room)
+        said = self.terms.decode(body, task.client, self.expected.scales.ranks[task.client], up, room)
         if (said.round, said.phase) != (task.round, task.phase):
             raise FedtriError(
                 f"wire: the reply is to {said.phase} of round {said.round + 1}, "

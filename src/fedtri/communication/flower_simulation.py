@@ -24,9 +24,8 @@ from flwr.simulation import run_simulation
 
 from fedtri.communication.in_process import LocalTransport
 from fedtri.errors import FedtriError
-from fedtri.federation.client import personal_id, residual_id
 from fedtri.messages import Answer, Request
-from fedtri.storage.client_store import Saved
+from fedtri.storage.client_store import ClientStore, Saved
 
 RECORD = "r"
 POLL = 0.05
@@ -38,7 +37,7 @@ class SimulatedTransport(LocalTransport):
     """The server's end: encodes tasks and reads replies; clients are whatever the actors build."""
 
     def __init__(self, local: LocalTransport, grid: Grid, folder: Path, running: Callable[[], bool]) -> None:
-        super().__init__(local.site, local.dtype)
+        super().__init__(local.site, local.dtype, local.features)
         self.grid, self.folder, self.running = grid, folder, running
 
     def exchange(self, tasks: Sequence[Request]) -> list[Answer]:
@@ -47,7 +46,7 @@ class SimulatedTransport(LocalTransport):
         sent = [self.encode(task) for task in tasks]
         messages = []
         for number, (task, data) in enumerate(zip(tasks, sent, strict=True)):
-            files = {name: asdict(store.current[name]) for name in _files(task.client) if name in store.current}
+            files = {name: asdict(store.current[name]) for name in _files(store, task.client)}
             record = {"folder": str(self.folder), "client": task.client, "data": data, "files": json.dumps(files)}
             content = RecordDict({RECORD: ConfigRecord(record)})
             messages.append(Message(content, dst_node_id=nodes[number % len(nodes)], message_type="query"))
@@ -161,13 +160,13 @@ def _served(build: Build, cpus: int, record: Mapping[str, Any]) -> dict[str, Any
     try:
         transport = _built(build, Path(record["folder"]))
         store = transport.site.store
-        for name in _files(client):
+        for name in _files(store, client):
             store.current.pop(name, None)
         store.current |= {name: Saved(**saved) for name, saved in json.loads(record["files"]).items()}
         (data,) = transport.serve([client], [record["data"]])
     except FedtriError as error:
         return {"failed": str(error)}
-    files = {name: asdict(store.current[name]) for name in _files(client) if name in store.current}
+    files = {name: asdict(store.current[name]) for name in _files(store, client)}
     return {"data": data, "files": json.dumps(files)}
 
 
@@ -176,6 +175,6 @@ def _built(build: Build, folder: Path) -> LocalTransport:
     return build(folder)
 
 
-def _files(client: str) -> list[str]:
-    """Under which names a client's files are kept."""
-    return [client, personal_id(client), residual_id(client)]
+def _files(store: ClientStore, client: str) -> list[str]:
+    """Under which names a client's files are kept: its own, and those beside them."""
+    return [name for name in store.current if name == client or name.startswith(f"{client}.")]

@@ -157,7 +157,7 @@ def _model(config: Config, node: site.Node) -> tuple[str, tuple[Cohort, object]]
     """The model can be loaded with the federation's adapters in it."""
     rank = client_ranks(config.rank, sorted(config.network.clients), config.seed)[node.client]
     cohort, processor, head = load_cohort(config, tuple(config.network.labels), 1)
-    start(config, cohort, head, networked(choose_method(config)).basis, rank)
+    start(config, cohort, head, networked(choose_method(config)).adapter.basis, rank)
     device = next(cohort.model.parameters()).device
     return f"{config.model} on {device}, {len(cohort.layout.layers)} layers adapted", (cohort, processor)
 

@@ -28,12 +28,13 @@ from fedtri.deploy.terms import common, fingerprint
 from fedtri.errors import FedtriError
 from fedtri.federation import loop
 from fedtri.federation.server import Expectation
-from fedtri.methods import networked
 from fedtri.method import Method
+from fedtri.methods import networked
 from fedtri.models.loading import find_targets
 from fedtri.runs import lifecycle
 from fedtri.runs.cost import skeleton
 from fedtri.runs.simulation import choose_method, choose_task, client_ranks, largest_rank
+from fedtri.state import Scales
 from fedtri.storage import checkpoint, run_directory
 from fedtri.storage.client_store import ClientStore
 
@@ -63,7 +64,7 @@ def lead(path: Path, grid: Grid, run_config: Mapping[str, object]) -> None:
     ranks = client_ranks(config.rank, sorted(config.network.clients), config.seed)
     with opened(config) as run, logged(run.folder / LOGGED):
         terms = Terms(layout, config.wire.dtype, config.wire.norm_bound, fingerprint(config), run.run)
-        expected = Expectation(layout, ranks, config.wire.norm_bound, config.lora_alpha)
+        expected = Expectation(layout, Scales(config.lora_alpha, ranks), config.wire.norm_bound)
         transport = FlowerTransport(
             grid, terms, sizes, expected, lambda round: method.plan(round).up, config.network, Door().turned_away
         )
@@ -82,16 +83,16 @@ def shapes(config: Config, method: Method) -> tuple[Layout, Sizes]:
     recipe, labels = choose_task(config), config.network.labels
     plain = skeleton(config.model, recipe, len(labels) or None)
     task = recipe.learning(labels, None)
-    width = task.feature_size(plain) if method.needs_sketch else 0
+    width = task.feature_size(plain) if method.welcome is not None else 0
     cohort = Cohort(
         plain,
-        targets=[] if "P" in method.extra else find_targets(plain, config.targets),
+        targets=[] if "P" in method.adapter.extra else find_targets(plain, config.targets, config.layers),
         head=recipe.head(plain),
         clients=1,
         rank=largest_rank(config.rank),
         kind=config.adapter,
-        extra=method.extra,
-        heads=method.heads,
+        extra=method.adapter.extra,
+        heads=method.adapter.heads,
     )
     return cohort.layout, Sizes(task.classes, width)
 

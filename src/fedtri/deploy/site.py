@@ -13,6 +13,7 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError
 
 from fedtri.communication import codec
+from fedtri.communication.feedback import rounded
 from fedtri.communication.flower_calls import Called, SiteError
 from fedtri.communication.sealed import Terms
 from fedtri.config import Columns, Config, Strict
@@ -21,11 +22,13 @@ from fedtri.deploy import examples
 from fedtri.deploy.journal import Journal, moment
 from fedtri.deploy.terms import common, fingerprint
 from fedtri.errors import FedtriError
+from fedtri.execution.interim import InterimExecutor
 from fedtri.federation import client
 from fedtri.messages import Phase, Reply, Request, Sketch
 from fedtri.methods import networked
-from fedtri.runs.simulation import choose_method, choose_task, client_ranks, load_cohort, optimization, start
+from fedtri.runs.simulation import choose_method, choose_task, client_ranks, fresh, load_cohort, optimization, start
 from fedtri.similarity import sketches
+from fedtri.state import Scales
 from fedtri.storage.client_store import ClientStore, write_atomic
 
 LOG = logging.getLogger("flwr")
@@ -90,24 +93,24 @@ def open_site(config: Config, node: Node) -> Opened:
         rank = ranks[node.client]
     with stage("loading its model"):
         cohort, processor, head = load_cohort(config, tuple(config.network.labels), 1)
-        initial = start(config, cohort, head, method.basis, rank)
+        initial = start(config, cohort, head, method.adapter.basis, rank)
     with stage("reading its data"):
         found = examples.load(config, node.client, Path(node.state) / "cache", recipe, processor)
+    task, ranked = recipe.learning(config.network.labels, processor), {node.client: rank}
     site = client.Site(
-        cohort=cohort,
-        task=recipe.learning(config.network.labels, processor),
-        examples=found.examples,
-        splits={node.client: found.split},
-        ranks={node.client: rank},
-        alpha=config.lora_alpha,
+        executor=InterimExecutor(cohort, task, found.examples, config.simulation.token_budget),
         method=method,
+        splits={node.client: found.split},
+        scales=Scales(config.lora_alpha, ranked),
         optimization=optimization(config),
         initial=lambda _: initial,
+        fresh=fresh(config, cohort.layout, ranked),
         store=ClientStore(Path(node.state)),
         seed=config.seed,
+        labels=found.examples.labels,
+        label_count=task.classes,
         evaluate=config.evaluate,
         validate=config.early_stopping.patience is not None,
-        token_budget=config.simulation.token_budget,
     )
     return Opened(node, config, site, found.sketch)
 
@@ -145,10 +148,10 @@ class Office:
 def respond(opened: Opened, call: Called) -> bytes:
     """The reply's buffer of an open site."""
     site, config, name = opened.site, opened.config, opened.node.client
-    terms = Terms(site.cohort.layout, config.wire.dtype, config.wire.norm_bound, fingerprint(config), call.run)
+    terms = Terms(site.executor.layout, config.wire.dtype, config.wire.norm_bound, fingerprint(config), call.run)
     with stage("reading the task"):
         kinds = site.method.plan(0).down | site.method.plan(1).down
-        said = terms.decode(call.data, name, site.ranks[name], kinds)
+        said = terms.decode(call.data, name, site.scales.ranks[name], kinds)
         task = Request(said.phase, said.round, name, said.factors)
         journal = Journal(Path(opened.node.state) / "runs" / call.run.hex())
     LOG.info("fedtri: %s: %s, round %d", name, task.phase, task.round + 1)
@@ -158,7 +161,7 @@ def respond(opened: Opened, call: Called) -> bytes:
         when = moment(task.phase, task.round)
         store = journal.before(when)
         (reply,) = client.client_update(replace(site, store=store), [task])
-        data = _send(terms, task.phase, client.rounded(store, reply, config.wire.dtype))
+        data = _send(terms, task.phase, rounded(store, reply, config.wire.dtype))
         journal.commit(when, store)
     return data
 
@@ -175,8 +178,8 @@ def _sketched(opened: Opened, task: Request) -> Reply:
     """The sketch kept on disk, or a new one, which is kept."""
     site, name = opened.site, opened.node.client
     if opened.sketch.exists():
-        width = site.task.feature_size(site.cohort.model)
-        found: Sketch | None = sketches.decode(opened.sketch.read_bytes(), classes=site.task.classes, d=width)
+        width = site.executor.task.feature_size(site.executor.cohort.model)
+        found: Sketch | None = sketches.decode(opened.sketch.read_bytes(), classes=site.label_count, d=width)
         return Reply(name, task.round, {}, len(site.splits[name].train), {}, found)
     (reply,) = client.client_update(site, [task])
     assert reply.sketch is not None

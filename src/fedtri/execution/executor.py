@@ -90,7 +90,7 @@ class Executor(Protocol):
         ...
 
     def evaluate(self, work: Sequence[Scoring]) -> list[dict[str, float]]:
-        """Each client's mean loss and accuracy over its rows, and the task's further metrics; in the order of `work`."""
+        """Each client's mean loss and accuracy over its rows, and further metrics; in the order of `work`."""
         ...
 
     def features(self, rows: Sequence[Rows]) -> list[Float[np.ndarray, "rows d"]]:

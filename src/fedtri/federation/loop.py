@@ -55,17 +55,17 @@ def run(
     on_phase: Callable[[int, Phase, Sequence[str]], None] = lambda round, phase, clients: None,
 ) -> Iterator[Progress]:
     """Run the rounds that are left after `state`; `history` holds the lines of the rounds before it."""
-    state = (state or ServerState()).with_(ranks=expected.ranks, alpha=expected.alpha)
+    state = (state or ServerState()).with_(scales=expected.scales)
     lines, missed = list(history), 0
     record = _Round(method, transport, on_phase, state.round)
     while state.round < schedule.rounds and not _enough(lines, schedule.patience):
         clients = transport.clients()
         record = record if missed else _Round(method, transport, on_phase, state.round)
         chosen = server.sample(clients, schedule.fraction, state.round, schedule.seed)
-        if method.needs_sketch and (new := [c for c in chosen if c not in state.sketches]):
+        if method.welcome is not None and (new := [c for c in chosen if c not in state.sketches]):
             state = server.sketched(method, state, [a.reply for a in record.ask(state, new, "sketch")])
-        ready = [c for c in chosen if c in state.sketches] if method.needs_sketch else chosen
-        trained = record.ask(state, [POOLED] if method.pooled else ready, "train")
+        ready = [c for c in chosen if c in state.sketches] if method.welcome is not None else chosen
+        trained = record.ask(state, [POOLED] if method.plan(state.round).pooled else ready, "train")
         began = time.perf_counter()
         replies, refused = server.accept([a.reply for a in trained], method.plan(state.round).up, expected)
         if len(replies) < schedule.quorum:
@@ -203,10 +203,11 @@ def spread(values: Mapping[str, float], higher_is_better: bool = True) -> dict[s
 
 def matrices(state: ServerState) -> dict[str, Any]:
     """The similarity and mixing matrices of a round for its log line, up to 100 clients."""
-    if not state.similarity or len(state.seen) > LOGGED_CLIENTS:
+    found = state.similarity
+    if found is None or len(found.clients) > LOGGED_CLIENTS:
         return {}
-    rows = {name: [[round(x, 4) for x in row] for row in m.tolist()] for name, m in state.similarity.items()}
-    return {"similarity": {"clients": sorted(state.seen), **rows}}
+    rows = {name: [[round(x, 4) for x in row] for row in m.tolist()] for name, m in found.matrices.items()}
+    return {"similarity": {"clients": list(found.clients), **rows}}
 
 
 def _enough(lines: Sequence[Mapping[str, Any]], patience: int | None) -> bool:

@@ -3,25 +3,33 @@
 w_ij ∝ data similarity (optimal transport between sketches) + model similarity (CKA between cores), rows sum to 1.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fedtri.adapters.layout import Key
+from fedtri.adapters.layout import Key, key_name, parse_key
 from fedtri.aggregation import means
 from fedtri.errors import FedtriError
 from fedtri.messages import Reply
-from fedtri.method import Method, Plan
-from fedtri.similarity.distances import core_similarity, data_similarity, row_stochastic
-from fedtri.state import ServerState
+from fedtri.method import AdapterSpec, Method, Paper, Plan
+from fedtri.similarity.distances import core_similarity, data_similarity, extend_distances, row_stochastic
+from fedtri.state import ServerState, Similarity
 
 CHOICES = {
     "reference": ("init", "raw"),
     "basis": ("local", "shared"),
     "similarity": ("both", "data", "model", "uniform"),
 }
+
+
+PAPER = Paper(
+    "CE-LoRA",
+    "Communication-Efficient and Personalized Federated Foundation Model Fine-Tuning via Tri-Matrix Adaptation",
+    2025,
+    "https://arxiv.org/abs/2503.23869",
+)
 
 
 def ce_lora(
@@ -51,12 +59,10 @@ def ce_lora(
     uses_data = similarity in ("both", "data")
 
     def aggregate(state: ServerState, replies: Sequence[Reply]) -> ServerState:
-        seen = {
-            **state.seen,
-            **{reply.client: {k: v for k, v in reply.up.items() if k.factor == "C"} for reply in replies},
-        }
-        clients, keys = sorted(seen), sorted(k for k in replies[0].up if k.factor == "C")
-        cores = torch.stack([torch.stack([seen[c][k] for k in keys]) for c in clients])  # (m, layers, r, r)
+        sent = {reply.client: {key_name(k): v for k, v in reply.up.items() if k.factor == "C"} for reply in replies}
+        seen = {**_seen(state), **sent}
+        clients, names = sorted(seen), sorted(next(iter(sent.values())))
+        cores = _stacked(seen, clients, names)
         parts: dict[str, Float[Tensor, "m m"]] = {}
         if uses_data:
             parts["data"] = _data(state, clients, clients)
@@ -66,42 +72,62 @@ def ce_lora(
         total = torch.ones(len(clients), len(clients)) if similarity == "uniform" else sum(parts.values())
         assert isinstance(total, Tensor)
         weights = row_stochastic(total, temperature=temperature, top_k=top_k)
-        state = means.personalise(state.with_(seen=seen), _mix(clients, keys, cores, weights))
-        return state.with_(similarity={**parts, "weights": weights})
+        state = means.personalise(state, _mix(clients, names, cores, weights))
+        found = Similarity(tuple(clients), {**parts, "weights": weights})
+        return state.with_(own={**state.own, "seen": seen}, similarity=found)
 
     def welcome(state: ServerState) -> ServerState:
-        """A newcomer that has sent only its sketch starts from the cores mixed by data similarity alone."""
-        newcomers, seen = sorted(set(state.sketches) - set(state.seen)), sorted(state.seen)
+        """Compute newcomers' distances to all; one that joins later starts from the cores mixed by data alone."""
+        known = state.own.get("distance", torch.zeros(0, 0, dtype=torch.float64))
+        assert isinstance(known, Tensor)
+        distance = extend_distances(known.numpy(), list(state.sketches.values()))
+        state = state.with_(own={**state.own, "distance": torch.from_numpy(distance)})
+        seen = _seen(state)
+        newcomers, clients = sorted(set(state.sketches) - set(seen)), sorted(seen)
         if not newcomers or not seen:
             return state
-        keys = sorted(state.seen[seen[0]])
-        cores = torch.stack([torch.stack([state.seen[c][k] for k in keys]) for c in seen])
-        weights = _data(state, newcomers, seen)
+        names = sorted(seen[clients[0]])
+        weights = _data(state, newcomers, clients)
         weights = weights / weights.sum(1, keepdim=True)
-        return means.personalise(state, _mix(newcomers, keys, cores, weights))
+        return means.personalise(state, _mix(newcomers, names, _stacked(seen, clients, names), weights))
 
     return Method(
         "ce_lora",
-        "arXiv:2503.23869",
+        PAPER,
         lambda _: plan,
         aggregate,
-        needs_sketch=uses_data,
-        welcome=welcome if uses_data else lambda state: state,
-        basis="orthonormal" if shared else "kaiming",
+        adapter=AdapterSpec(basis="orthonormal" if shared else "kaiming"),
+        welcome=welcome if uses_data else None,
     )
 
 
+def _seen(state: ServerState) -> Mapping[str, Mapping[str, Tensor]]:
+    """The last cores of every client that ever replied, by client and tensor."""
+    return state.own.get("seen", {})  # pyright: ignore[reportReturnType]
+
+
+def _stacked(
+    seen: Mapping[str, Mapping[str, Tensor]], clients: Sequence[str], names: Sequence[str]
+) -> Float[Tensor, "m layers r r"]:
+    return torch.stack([torch.stack([seen[client][name] for name in names]) for client in clients])
+
+
 def _data(state: ServerState, rows: Sequence[str], columns: Sequence[str]) -> Float[Tensor, "rows columns"]:
+    """Data similarity between these clients, of whom the server has sketches."""
     place = {client: i for i, client in enumerate(state.sketches)}
-    everyone = data_similarity(state.data_distance)
+    distance = state.own["distance"]
+    assert isinstance(distance, Tensor)
+    everyone = data_similarity(distance.numpy())
     return everyone[[place[c] for c in rows]][:, [place[c] for c in columns]]
 
 
 def _mix(
     clients: Sequence[str],
-    keys: Sequence[Key],
+    names: Sequence[str],
     cores: Float[Tensor, "m layers r r"],
     weights: Float[Tensor, "n m"],
 ) -> dict[str, dict[Key, Tensor]]:
+    """Σ_j w_ij C_j of each of these clients."""
     mixed = (weights.to(cores) @ cores.flatten(1)).unflatten(1, cores.shape[1:])  # (n, layers, r, r)
+    keys = [parse_key(name) for name in names]
     return {client: dict(zip(keys, mixed[i], strict=True)) for i, client in enumerate(clients)}

@@ -7,8 +7,16 @@ from collections.abc import Sequence
 
 from fedtri.aggregation import means
 from fedtri.messages import Reply
-from fedtri.method import Method, Plan
+from fedtri.method import AdapterSpec, Method, Paper, Plan
 from fedtri.state import ServerState
+
+PAPER = Paper(
+    "Fed-SB",
+    "Fed-SB: A Silver Bullet for Extreme Communication Efficiency and Performance in (Private) "
+    "Federated LoRA Fine-Tuning",
+    2025,
+    "https://arxiv.org/abs/2502.15436",
+)
 
 
 def fed_sb() -> Method:
@@ -18,4 +26,4 @@ def fed_sb() -> Method:
     def aggregate(state: ServerState, replies: Sequence[Reply]) -> ServerState:
         return means.share(state, means.mean(replies, frozenset("C")))
 
-    return Method("fed_sb", "arXiv:2502.15436", lambda _: plan, aggregate, basis="orthonormal", server_optimizer=True)
+    return Method("fed_sb", PAPER, lambda _: plan, aggregate, adapter=AdapterSpec(basis="orthonormal"), averages=True)

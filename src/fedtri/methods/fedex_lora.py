@@ -8,8 +8,15 @@ from collections.abc import Sequence
 from fedtri.adapters.layout import Key
 from fedtri.aggregation import means, products
 from fedtri.messages import Reply
-from fedtri.method import Method, Plan
+from fedtri.method import AdapterSpec, Method, Paper, Plan
 from fedtri.state import ServerState
+
+PAPER = Paper(
+    "FedEx-LoRA",
+    "FedEx-LoRA: Exact Aggregation for Federated and Efficient Fine-Tuning of Foundation Models",
+    2024,
+    "https://arxiv.org/abs/2410.09432",
+)
 
 
 def fedex_lora() -> Method:
@@ -26,4 +33,4 @@ def fedex_lora() -> Method:
                 means |= {Key(layer, "A"): A[i], Key(layer, "B"): B[i]}
         return means.share(state, means | total)
 
-    return Method("fedex_lora", "arXiv:2410.09432", lambda _: plan, aggregate, extra="W")
+    return Method("fedex_lora", PAPER, lambda _: plan, aggregate, adapter=AdapterSpec(extra="W"))

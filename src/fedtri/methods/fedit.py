@@ -7,8 +7,15 @@ from collections.abc import Sequence
 
 from fedtri.aggregation import means
 from fedtri.messages import Reply
-from fedtri.method import Method, Plan
+from fedtri.method import AdapterSpec, Method, Paper, Plan
 from fedtri.state import ServerState
+
+PAPER = Paper(
+    "FedIT",
+    "Towards Building the Federated GPT: Federated Instruction Tuning",
+    2023,
+    "https://arxiv.org/abs/2305.05644",
+)
 
 
 def fedit() -> Method:
@@ -20,9 +27,9 @@ def fedit() -> Method:
 
     return Method(
         "fedit",
-        "arXiv:2305.05644",
+        PAPER,
         lambda _: plan,
         aggregate,
-        adapters=("lora", "dora", "hira"),
-        server_optimizer=True,
+        adapter=AdapterSpec(kinds=("lora", "dora", "hira")),
+        averages=True,
     )

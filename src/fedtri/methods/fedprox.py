@@ -1,12 +1,20 @@
 """FedProx: FedIT with every client held near what it received, by + μ/2 ‖θ − θ_received‖². arXiv:1812.06127."""
 
 from collections.abc import Sequence
+from functools import partial
 
 from fedtri.aggregation import means
 from fedtri.errors import FedtriError
 from fedtri.messages import Reply
-from fedtri.method import Method, Plan
+from fedtri.method import Method, Paper, Plan, train_steps
 from fedtri.state import ServerState
+
+PAPER = Paper(
+    "FedProx",
+    "Federated Optimization in Heterogeneous Networks",
+    2018,
+    "https://arxiv.org/abs/1812.06127",
+)
 
 
 def fedprox(*, mu: float = 0.01) -> Method:
@@ -18,4 +26,4 @@ def fedprox(*, mu: float = 0.01) -> Method:
     def aggregate(state: ServerState, replies: Sequence[Reply]) -> ServerState:
         return means.share(state, means.mean(replies, frozenset("AB")))
 
-    return Method("fedprox", "arXiv:1812.06127", lambda _: plan, aggregate, proximal=mu, server_optimizer=True)
+    return Method("fedprox", PAPER, lambda _: plan, aggregate, partial(train_steps, proximal=mu), averages=True)

@@ -4,8 +4,15 @@ from collections.abc import Sequence
 
 from fedtri.aggregation import means
 from fedtri.messages import Reply
-from fedtri.method import Method, Plan
+from fedtri.method import AdapterSpec, Method, Paper, Plan
 from fedtri.state import ServerState
+
+PAPER = Paper(
+    "FedSA-LoRA",
+    "Selective Aggregation for Low-Rank Adaptation in Federated Learning",
+    2024,
+    "https://arxiv.org/abs/2410.01463",
+)
 
 
 def fedsa_lora() -> Method:
@@ -17,9 +24,9 @@ def fedsa_lora() -> Method:
 
     return Method(
         "fedsa_lora",
-        "arXiv:2410.01463",
+        PAPER,
         lambda _: plan,
         aggregate,
-        adapters=("lora", "dora", "hira"),
-        server_optimizer=True,
+        adapter=AdapterSpec(kinds=("lora", "dora", "hira")),
+        averages=True,
     )

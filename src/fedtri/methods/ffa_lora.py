@@ -7,8 +7,15 @@ from collections.abc import Sequence
 
 from fedtri.aggregation import means
 from fedtri.messages import Reply
-from fedtri.method import Method, Plan
+from fedtri.method import AdapterSpec, Method, Paper, Plan
 from fedtri.state import ServerState
+
+PAPER = Paper(
+    "FFA-LoRA",
+    "Improving LoRA in Privacy-preserving Federated Learning",
+    2024,
+    "https://arxiv.org/abs/2403.12313",
+)
 
 
 def ffa_lora() -> Method:
@@ -20,9 +27,9 @@ def ffa_lora() -> Method:
 
     return Method(
         "ffa_lora",
-        "arXiv:2403.12313",
+        PAPER,
         lambda _: plan,
         aggregate,
-        adapters=("lora", "dora", "hira"),
-        server_optimizer=True,
+        adapter=AdapterSpec(kinds=("lora", "dora", "hira")),
+        averages=True,
     )

@@ -7,8 +7,15 @@ from collections.abc import Sequence
 
 from fedtri.aggregation import means, products
 from fedtri.messages import Reply
-from fedtri.method import Method, Plan
+from fedtri.method import AdapterSpec, Method, Paper, Plan
 from fedtri.state import ServerState
+
+PAPER = Paper(
+    "FlexLoRA",
+    "Federated Fine-tuning of Large Language Models under Heterogeneous Tasks and Client Resources",
+    2024,
+    "https://arxiv.org/abs/2402.11505",
+)
 
 
 def flexlora(*, align: bool = False) -> Method:
@@ -30,9 +37,8 @@ def flexlora(*, align: bool = False) -> Method:
 
     return Method(
         "flexlora",
-        "arXiv:2402.11505",
+        PAPER,
         lambda _: plan,
         aggregate,
-        adapters=("lora", "dora", "hira"),
-        mixed_ranks=not align,
+        adapter=AdapterSpec(kinds=("lora", "dora", "hira"), mixed_ranks=not align),
     )

@@ -3,12 +3,20 @@
 W ← W + Σ p_k s_k B_kA_k = W + [p_1s_1B_1 … p_ms_mB_m][A_1; …; A_m]: the weight sits on one side only.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+from fedtri.adapters.layout import Factors
 from fedtri.aggregation import means, products
 from fedtri.messages import Reply
-from fedtri.method import Method, Plan
+from fedtri.method import AdapterSpec, Method, Paper, Plan
 from fedtri.state import ServerState
+
+PAPER = Paper(
+    "FLoRA",
+    "FLoRA: Federated Fine-Tuning Large Language Models with Heterogeneous Low-Rank Adaptations",
+    2024,
+    "https://arxiv.org/abs/2409.05976",
+)
 
 
 def flora() -> Method:
@@ -25,4 +33,15 @@ def flora() -> Method:
             total |= means.add_dense(state, group, left @ right)
         return means.share(state, total)
 
-    return Method("flora", "arXiv:2409.05976", lambda _: plan, aggregate, extra="W", fresh=True, mixed_ranks=True)
+    def receive(own: Factors, down: Factors, fresh: Callable[[], Factors]) -> Factors:
+        new = any(key.factor == "W" for key in down)
+        return {**own, **(fresh() if new else {}), **down}
+
+    return Method(
+        "flora",
+        PAPER,
+        lambda _: plan,
+        aggregate,
+        receive=receive,
+        adapter=AdapterSpec(extra="W", mixed_ranks=True),
+    )

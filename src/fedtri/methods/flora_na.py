@@ -8,8 +8,15 @@ from collections.abc import Sequence
 from fedtri.aggregation import means, products
 from fedtri.errors import FedtriError
 from fedtri.messages import Reply
-from fedtri.method import Method, Plan
+from fedtri.method import AdapterSpec, Method, Paper, Plan
 from fedtri.state import ServerState
+
+PAPER = Paper(
+    "FLoRA-NA",
+    "FLoRA-NA: Nearly Accurate Aggregation for Federated Low-Rank Adaptation",
+    2025,
+    "https://arxiv.org/abs/2509.26399",
+)
 
 
 def flora_na(*, sweeps: int = 100, align: bool = False) -> Method:
@@ -32,9 +39,8 @@ def flora_na(*, sweeps: int = 100, align: bool = False) -> Method:
 
     return Method(
         "flora_na",
-        "arXiv:2509.26399",
+        PAPER,
         lambda _: plan,
         aggregate,
-        adapters=("lora", "dora", "hira"),
-        mixed_ranks=not align,
+        adapter=AdapterSpec(kinds=("lora", "dora", "hira"), mixed_ranks=not align),
     )

@@ -4,8 +4,15 @@ from collections.abc import Sequence
 
 from fedtri.aggregation import means
 from fedtri.messages import Reply
-from fedtri.method import Method, Plan
+from fedtri.method import AdapterSpec, Method, Paper, Plan
 from fedtri.state import ServerState
+
+PAPER = Paper(
+    "Full fine-tuning",
+    "Communication-Efficient Learning of Deep Networks from Decentralized Data",
+    2016,
+    "https://arxiv.org/abs/1602.05629",
+)
 
 
 def full() -> Method:
@@ -15,4 +22,4 @@ def full() -> Method:
     def aggregate(state: ServerState, replies: Sequence[Reply]) -> ServerState:
         return means.share(state, means.mean(replies, frozenset("P")))
 
-    return Method("full", "arXiv:1602.05629", lambda _: plan, aggregate, extra="P", server_optimizer=True)
+    return Method("full", PAPER, lambda _: plan, aggregate, adapter=AdapterSpec(extra="P"), averages=True)

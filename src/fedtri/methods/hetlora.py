@@ -9,8 +9,15 @@ import torch
 
 from fedtri.aggregation import means, products
 from fedtri.messages import Reply
-from fedtri.method import Method, Plan
+from fedtri.method import AdapterSpec, Method, Paper, Plan
 from fedtri.state import ServerState
+
+PAPER = Paper(
+    "HetLoRA",
+    "Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation Models",
+    2024,
+    "https://arxiv.org/abs/2401.06432",
+)
 
 
 def hetlora() -> Method:
@@ -27,4 +34,4 @@ def hetlora() -> Method:
 
         return means.share_pairs(state, replies, solve)
 
-    return Method("hetlora", "arXiv:2401.06432", lambda _: plan, aggregate, mixed_ranks=True)
+    return Method("hetlora", PAPER, lambda _: plan, aggregate, adapter=AdapterSpec(mixed_ranks=True))

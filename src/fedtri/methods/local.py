@@ -1,8 +1,10 @@
 """Local: every client trains alone and nothing travels; the floor a federation has to beat."""
 
-from fedtri.method import Method, Plan
+from fedtri.method import Method, Paper, Plan
+
+PAPER = Paper("Local only")
 
 
 def local() -> Method:
     """Learns A, B and H; sends and receives nothing."""
-    return Method("local", "", lambda _: Plan.of(train="ABH"), lambda state, replies: state)
+    return Method("local", PAPER, lambda _: Plan.of(train="ABH"), lambda state, replies: state)

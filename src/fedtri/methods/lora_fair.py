@@ -8,8 +8,15 @@ from collections.abc import Sequence
 from fedtri.aggregation import means, products
 from fedtri.errors import FedtriError
 from fedtri.messages import Reply
-from fedtri.method import Method, Plan
+from fedtri.method import Method, Paper, Plan
 from fedtri.state import ServerState
+
+PAPER = Paper(
+    "LoRA-FAIR",
+    "LoRA-FAIR: Federated LoRA Fine-Tuning with Aggregation and Initialization Refinement",
+    2024,
+    "https://arxiv.org/abs/2411.14961",
+)
 
 
 def lora_fair(*, lam: float = 0.01) -> Method:
@@ -27,4 +34,4 @@ def lora_fair(*, lam: float = 0.01) -> Method:
 
         return means.share_pairs(state, replies, solve)
 
-    return Method("lora_fair", "arXiv:2411.14961", lambda _: plan, aggregate)
+    return Method("lora_fair", PAPER, lambda _: plan, aggregate)

@@ -5,11 +5,21 @@ personal_k ≈ argmin F_k(θ) + λ/2 ‖θ − received‖²; sent_k = received 
 
 from collections.abc import Sequence
 
+import torch
+
+from fedtri.adapters.layout import Factors
 from fedtri.aggregation import means
 from fedtri.errors import FedtriError
 from fedtri.messages import Reply
-from fedtri.method import Method, Personal, Plan
+from fedtri.method import LocalRound, Method, Paper, Plan, Update
 from fedtri.state import ServerState
+
+PAPER = Paper(
+    "pFedMe",
+    "Personalized Federated Learning with Moreau Envelopes",
+    2020,
+    "https://arxiv.org/abs/2006.08848",
+)
 
 
 def pfedme(*, lam: float = 0.1, pull: float = 0.8) -> Method:
@@ -24,9 +34,25 @@ def pfedme(*, lam: float = 0.1, pull: float = 0.8) -> Method:
         raise FedtriError(f"method_options.pull: expected a number in (0, 1], got {pull}")
     plan = Plan.of(train="ABH", up="ABH", down="ABH")
 
+    def local_update(local: LocalRound) -> list[Update]:
+        trained = local.train(local.received, proximal=lam)
+        personal = [one.factors for one in trained]
+        local.remember("personal", personal)
+        updates = []
+        for start, one, scores in zip(local.received, trained, local.evaluate(personal), strict=True):
+            named = {f"{name}_personal": value for name, value in scores.items()}
+            metrics = {"train_loss": one.loss, **scores, **named}
+            updates.append(Update(_towards(start, one.factors, pull, local.plan.train), metrics))
+        return updates
+
     def aggregate(state: ServerState, replies: Sequence[Reply]) -> ServerState:
         return means.share(state, means.mean(replies, frozenset("AB")))
 
-    return Method(
-        "pfedme", "arXiv:2006.08848", lambda _: plan, aggregate, personal=Personal(lam, pull), server_optimizer=True
-    )
+    return Method("pfedme", PAPER, lambda _: plan, aggregate, local_update, averages=True)
+
+
+def _towards(start: Factors, personal: Factors, pull: float, learns: frozenset[str]) -> Factors:
+    """start + pull · (personal − start) of the factors that learn."""
+    return {
+        key: torch.lerp(start[key], value, pull) if key.factor in learns else value for key, value in personal.items()
+    }

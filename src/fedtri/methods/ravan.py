@@ -4,13 +4,25 @@
 block-diagonal C is the same: the rows of A are those of all A_i, C holds the blocks, S the scalars s_i.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
+import torch
+
+from fedtri.adapters.initial import folded
+from fedtri.adapters.layout import Factors
 from fedtri.aggregation import means
 from fedtri.errors import FedtriError
 from fedtri.messages import Reply
-from fedtri.method import Method, Plan
+from fedtri.method import AdapterSpec, LocalRound, Method, Paper, Plan, Update, train_steps
 from fedtri.state import ServerState
+
+PAPER = Paper(
+    "RAVAN",
+    "Ravan: Multi-Head Low-Rank Adaptation for Federated Fine-Tuning",
+    2025,
+    "https://arxiv.org/abs/2506.05568",
+)
 
 
 def ravan(*, heads: int = 2) -> Method:
@@ -25,13 +37,14 @@ def ravan(*, heads: int = 2) -> Method:
     def aggregate(state: ServerState, replies: Sequence[Reply]) -> ServerState:
         return means.share(state, means.mean(replies, frozenset("C")))
 
-    return Method(
-        "ravan",
-        "arXiv:2506.05568",
-        lambda _: plan,
-        aggregate,
-        basis="orthonormal",
-        extra="S",
-        heads=heads,
-        server_optimizer=True,
-    )
+    def local_update(local: LocalRound) -> list[Update]:
+        return [replace(update, sent=folded(update.kept)) for update in train_steps(local)]
+
+    def receive(own: Factors, down: Factors, fresh: Callable[[], Factors]) -> Factors:
+        """A new core has its scalars in it, so they start again at 1."""
+        new = any(key.factor == "C" for key in down)
+        ones = {key: torch.ones_like(value) for key, value in own.items() if new and key.factor == "S"}
+        return {**own, **ones, **down}
+
+    adapter = AdapterSpec(basis="orthonormal", extra="S", heads=heads)
+    return Method("ravan", PAPER, lambda _: plan, aggregate, local_update, receive, adapter, averages=True)

@@ -7,10 +7,18 @@ from collections.abc import Sequence
 
 from fedtri.aggregation import means
 from fedtri.messages import Reply
-from fedtri.method import Method, Plan
+from fedtri.method import Method, Paper, Plan
 from fedtri.state import ServerState
 
 EVEN, ODD = Plan.of(train="BH", up="BH", down="ABH"), Plan.of(train="AH", up="AH", down="ABH")
+
+
+PAPER = Paper(
+    "RoLoRA",
+    "Robust Federated Finetuning of LLMs via Alternating Optimization of LoRA",
+    2025,
+    "https://arxiv.org/abs/2502.01755",
+)
 
 
 def rolora() -> Method:
@@ -19,6 +27,4 @@ def rolora() -> Method:
     def aggregate(state: ServerState, replies: Sequence[Reply]) -> ServerState:
         return means.share(state, means.mean(replies, frozenset("AB")))
 
-    return Method(
-        "rolora", "arXiv:2502.01755", lambda round: ODD if round % 2 else EVEN, aggregate, server_optimizer=True
-    )
+    return Method("rolora", PAPER, lambda round: ODD if round % 2 else EVEN, aggregate, averages=True)

@@ -17,8 +17,8 @@ from fedtri.adapters.bank import Cohort
 from fedtri.adapters.layout import Layout
 from fedtri.communication.codec import DTYPES
 from fedtri.errors import FedtriError
-from fedtri.methods import METHODS, build
 from fedtri.method import Method
+from fedtri.methods import METHODS, build
 from fedtri.models.loading import find_targets, locate
 from fedtri.tasks import Recipe
 from fedtri.tasks import build as choose_task
@@ -62,9 +62,13 @@ def costs(
     whole = Cohort(plain, targets=[], head=recipe.head(plain), clients=1, rank=1, extra="P").layout
     found = []
     for method in map(build, METHODS):
-        if method.pooled or rank % method.heads:
+        if method.plan(0).pooled or rank % method.adapter.heads:
             continue
-        layout = whole if "P" in method.extra else replace(adapted, extra=method.extra, heads=method.heads)
+        layout = (
+            whole
+            if "P" in method.adapter.extra
+            else replace(adapted, extra=method.adapter.extra, heads=method.adapter.heads)
+        )
         up, down = (sum(counts) / rounds for counts in zip(*_rounds(method, layout, rank, rounds), strict=True))
         width = DTYPES[dtype][1].itemsize
         total = (up + down) * width * clients * rounds

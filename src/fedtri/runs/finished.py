@@ -152,7 +152,7 @@ def predict(folder: Path, client: str, inputs: Sequence[str]) -> list[Answer]:
         raise FedtriError(f"{folder}: task {recipe.name} has no answers to show; use fedtri export")
     rank = rank_of(tuned.factors)
     cohort, processor, head = load_cohort(config, tuned.labels, 1)
-    first = start(config, cohort, head, choose_method(config).basis, rank)
+    first = start(config, cohort, head, choose_method(config).adapter.basis, rank)
     untuned = cohort.of_classes(first, tuned.classes)
     said = []
     for factors in (tuned.factors, untuned):

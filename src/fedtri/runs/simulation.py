@@ -1,6 +1,6 @@
 """From a configuration to a federation that can run: model, data, method, clients and transport."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,16 @@ from torch import Tensor
 from fedtri import methods, tasks
 from fedtri.adapters.bank import Cohort
 from fedtri.adapters.initial import initial_factors
-from fedtri.adapters.layout import Key
+from fedtri.adapters.layout import Key, Layout
 from fedtri.aggregation import server_optimizers
 from fedtri.communication.in_process import LocalTransport
 from fedtri.config import Config
 from fedtri.data import Pool, load_pool
 from fedtri.data.partition import Split, partition
 from fedtri.errors import FedtriError
-from fedtri.execution.train import Optimization, micro_batches
+from fedtri.execution.executor import Optimization
+from fedtri.execution.interim import InterimExecutor
+from fedtri.execution.train import micro_batches
 from fedtri.federation.client import Site
 from fedtri.federation.loop import Schedule
 from fedtri.federation.server import Expectation, sample
@@ -29,6 +31,7 @@ from fedtri.method import Method
 from fedtri.models import loading
 from fedtri.models.peft import read_peft
 from fedtri.seeds import derive
+from fedtri.state import Scales
 from fedtri.storage.client_store import ClientStore
 from fedtri.tasks import Examples, Recipe
 
@@ -58,7 +61,7 @@ class Federation:
         The counts are None where there are no classes, the guess where no class is predicted.
         """
         table = {}
-        labels = self.site.examples.labels
+        labels = self.site.labels
         for client in self.transport.clients():
             split = self.site.splits[client]
             sizes = {"train": len(split.train), "validation": len(split.validation), "test": len(split.test)}
@@ -80,7 +83,7 @@ def build(config: Config, store: ClientStore) -> Federation:
     )
     shares = (config.split.train, config.split.validation, config.split.test)
     splits = partition(pool, spec=config.partition, clients=config.clients, seed=config.seed, fractions=shares)
-    clients = 1 if "P" in method.extra else min(len(splits), config.simulation.cohort or len(splits))
+    clients = 1 if "P" in method.adapter.extra else min(len(splits), config.simulation.cohort or len(splits))
     cohort, processor, head = load_cohort(config, pool.label_names, clients)
     return assemble(config, method, pool, splits, cohort, processor, head, store)
 
@@ -98,15 +101,17 @@ def columns(config: Config) -> dict[str, str]:
 def choose_method(config: Config) -> Method:
     """The method a config describes, with its options, head, kind of adapter and server optimiser."""
     server = config.server
-    method = methods.build(config.method, config.method_options, config.head, config.adapter)
+    step = None
     if server.optimizer != "none":
         betas = (server.betas[0], server.betas[1])
         step = server_optimizers.optimizer(server.optimizer, learning_rate=server.learning_rate, betas=betas)
-        method = methods.with_optimizer(method, step)
-    if not isinstance(config.rank, int) and not method.mixed_ranks:
+    method = methods.build(
+        config.method, config.method_options, head=config.head, adapter=config.adapter, optimizer=step
+    )
+    if not isinstance(config.rank, int) and not method.adapter.mixed_ranks:
         raise FedtriError(
             f"rank: {method.name} needs one rank for all clients, got {config.rank!r}; give one number, or choose of "
-            f"{', '.join(name for name in methods.METHODS if methods.build(name).mixed_ranks)}"
+            f"{', '.join(name for name in methods.METHODS if methods.build(name).adapter.mixed_ranks)}"
         )
     return method
 
@@ -148,13 +153,13 @@ def load_cohort(config: Config, label_names: tuple[str, ...], clients: int) -> t
     head = loading.initial_head(model, layers, loaded.fresh, config.seed)
     cohort = Cohort(
         model if how.quantization != "none" else model.to(device),
-        targets=[] if "P" in method.extra else loading.find_targets(model, config.targets, config.layers),
+        targets=[] if "P" in method.adapter.extra else loading.find_targets(model, config.targets, config.layers),
         head=layers,
         clients=clients,
         rank=largest_rank(config.rank),
         kind=config.adapter,
-        extra=method.extra,
-        heads=method.heads,
+        extra=method.adapter.extra,
+        heads=method.adapter.heads,
         checkpointing=how.gradient_checkpointing,
         mixed_precision=how.mixed_precision == "bfloat16",
     )
@@ -188,30 +193,32 @@ def assemble(
     recipe = choose_task(config)
     ranks = client_ranks(config.rank, sorted(splits), config.seed)
     classes = own_classes(recipe, method, pool, splits, cohort) if config.labels == "own" else {}
-    first = {rank: start(config, cohort, head, method.basis, rank) for rank in set(ranks.values())}
+    first = {rank: start(config, cohort, head, method.adapter.basis, rank) for rank in set(ranks.values())}
     local = optimization(config)
-    if method.pooled:
+    if method.plan(0).pooled:
         taking_part = len(sample(sorted(splits), config.fraction, 0, config.seed))
         local = replace(local, steps=local.steps and local.steps * taking_part)
         splits, ranks = {**splits, POOLED: _pooled(splits)}, {**ranks, POOLED: max(ranks.values())}
     examples = recipe.examples(pool, processor, config.max_length)
     keep_prefix(config, cohort, examples, splits, store.folder)
+    task = recipe.learning(pool.label_names, processor)
+    scales = Scales(config.lora_alpha, ranks)
+    executor = InterimExecutor(cohort, task, examples, config.simulation.token_budget)
     site = Site(
-        cohort=cohort,
-        task=recipe.learning(pool.label_names, processor),
-        examples=examples,
-        splits=splits,
-        ranks=ranks,
-        alpha=config.lora_alpha,
+        executor=executor,
         method=method,
+        splits=splits,
+        scales=scales,
         optimization=local,
         initial=lambda client: cohort.of_classes(first[ranks[client]], classes.get(client)),
+        fresh=fresh(config, cohort.layout, ranks),
         store=store,
         seed=config.seed,
+        labels=examples.labels,
+        label_count=task.classes,
         classes=classes,
         evaluate=config.evaluate,
         validate=config.early_stopping.patience is not None,
-        token_budget=config.simulation.token_budget,
     )
     if site.validate and not any(len(split.validation) for split in splits.values()):
         raise FedtriError("early_stopping.patience: needs validation examples; set split.validation above 0")
@@ -219,8 +226,8 @@ def assemble(
         config=config,
         method=method,
         site=site,
-        transport=LocalTransport(site, config.wire.dtype),
-        expected=Expectation(cohort.layout, site.ranks, config.wire.norm_bound, config.lora_alpha),
+        transport=LocalTransport(site, config.wire.dtype, task.feature_size(cohort.model) if method.welcome else 0),
+        expected=Expectation(cohort.layout, scales, config.wire.norm_bound),
         schedule=Schedule(config.rounds, config.fraction, config.seed, config.evaluate, config.early_stopping.patience),
         recipe=recipe,
         processor=processor,
@@ -238,7 +245,7 @@ def own_classes(
     if not recipe.classifies or not cohort.layout.head:
         raise FedtriError(f'labels: "own" needs a head with a row for each class, which task {recipe.name} has not; '
                           'set labels = "shared"')  # fmt: skip
-    if method.pooled or any("H" in method.plan(round).up | method.plan(round).down for round in range(2)):
+    if method.plan(0).pooled or any("H" in method.plan(round).up | method.plan(round).down for round in range(2)):
         raise FedtriError(f'labels: "own" needs heads that stay at home, and {method.name} has one head for all; '
                           'set head = "personal", or choose another method')  # fmt: skip
     labels = pool.labels
@@ -280,6 +287,15 @@ def _pooled(splits: Mapping[str, Split]) -> Split:
     """Everyone's training examples; nobody's validation and test, on which the clients are scored one by one."""
     none = np.empty(0, np.int64)
     return Split(np.concatenate([split.train for split in splits.values()]), none, none)
+
+
+def fresh(config: Config, layout: Layout, ranks: Mapping[str, int]) -> Callable[[str, int], dict[Key, Tensor]]:
+    """A new draw of a client's A, C and B for a round, the same for all clients of one rank."""
+
+    def draw(client: str, round: int) -> dict[Key, Tensor]:
+        return initial_factors(layout, {}, rank=ranks[client], seed=derive(config.seed, "fresh", round))
+
+    return draw
 
 
 def optimization(config: Config) -> Optimization:

@@ -6,7 +6,7 @@ newest round whose files are all as they were written; the one before it is kept
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,17 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from fedtri.adapters.layout import Factors, Key, key_name, parse_key
+from fedtri.adapters.layout import Key, key_name, parse_key
 from fedtri.errors import FedtriError
+from fedtri.messages import Sketch
 from fedtri.similarity import sketches
-from fedtri.state import ServerState
+from fedtri.state import Deliveries, ServerState, Similarity, Tree
 from fedtri.storage.client_store import ClientStore, Saved, read_checked, write_atomic
 
 KEPT = 2
+"""Checkpoints that a run keeps."""
+LAYOUT = 2
+"""The version of what a checkpoint holds; one of another version is refused."""
 
 
 @dataclass(frozen=True)
@@ -39,13 +43,17 @@ def save(folder: Path, state: ServerState, store: ClientStore, line: Mapping[str
     tensors = safetensors.torch.save(_tensors(state))
     server = Saved(f"{state.round:05}.safetensors", write_atomic(folder / f"{state.round:05}.safetensors", tensors))
     manifest = {
+        "layout": LAYOUT,
         "round": state.round,
         "line": line,
         "server": asdict(server),
         "clients": {client: asdict(saved) for client, saved in store.current.items()},
-        "changed": {key_name(key): round for key, round in state.changed.items()},
-        "changed_personal": state.changed_personal,
-        "delivered": state.delivered,
+        "deliveries": {
+            "shared": {key_name(key): round for key, round in state.deliveries.shared.items()},
+            "personal": state.deliveries.personal,
+            "sent": state.deliveries.sent,
+        },
+        "similar": state.similarity.clients if state.similarity else [],
         "sketches": list(state.sketches),
     }
     body = json.dumps({**manifest, "digest": _digest(manifest)})
@@ -91,6 +99,11 @@ def _manifest(path: Path) -> dict[str, Any]:
         raise FedtriError(f"{path}: the checkpoint was cut short") from None
     if digest != _digest(manifest):
         raise FedtriError(f"{path}: the checkpoint was changed since it was written")
+    if (layout := manifest.get("layout", 1)) != LAYOUT:
+        raise FedtriError(
+            f"{path}: the checkpoint has layout {layout}, expected {LAYOUT}: another version of fedtri wrote it; "
+            "finish the run with that version, or start it anew"
+        )
     return manifest
 
 
@@ -99,47 +112,65 @@ def _digest(manifest: Mapping[str, Any]) -> str:
 
 
 def _tensors(state: ServerState) -> dict[str, Tensor]:
-    tensors = _named("shared", "", state.shared)
-    for kind, table in (("personal", state.personal), ("seen", state.seen), ("memory", state.memory)):
-        for client, factors in table.items():
-            tensors |= _named(kind, client, factors)
+    """Every tensor of the state under its place, a JSON list."""
+    tensors = {_place("shared", key_name(key)): value for key, value in state.shared.items()}
+    for client, factors in state.personal.items():
+        tensors |= {_place("personal", client, key_name(key)): value for key, value in factors.items()}
+    tensors |= {_place("own", *path): value for path, value in _leaves(state.own)}
+    if state.similarity is not None:
+        tensors |= {_place("similarity", name): matrix for name, matrix in state.similarity.matrices.items()}
     for client, said in state.sketches.items():
-        data = np.frombuffer(bytearray(sketches.encode(said)), np.uint8)
         size = next((mixture.means.shape[1] for mixture in said.mixtures.values()), 0)
-        tensors[json.dumps(["sketch", client, [len(said.counts), size]])] = torch.from_numpy(data)
-    for name, matrix in state.similarity.items():
-        tensors[json.dumps(["similarity", "", name])] = matrix.contiguous()
-    tensors[json.dumps(["data_distance", "", ""])] = torch.from_numpy(np.ascontiguousarray(state.data_distance))
-    return tensors
+        data = np.frombuffer(bytearray(sketches.encode(said)), np.uint8)
+        tensors[_place("sketch", client, len(said.counts), size)] = torch.from_numpy(data)
+    return {place: value.contiguous().clone() for place, value in tensors.items()}
 
 
-def _named(kind: str, client: str, factors: Factors) -> dict[str, Tensor]:
-    return {json.dumps([kind, client, key_name(key)]): value.contiguous().clone() for key, value in factors.items()}
+def _place(*path: str | int) -> str:
+    return json.dumps(path)
+
+
+def _leaves(tree: Tree, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+    """Every tensor of a method's own state, with the names that lead to it."""
+    for name, value in tree.items():
+        if isinstance(value, Tensor):
+            yield (*path, name), value
+        else:
+            yield from _leaves(value, (*path, name))
 
 
 def _state(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ServerState:
-    tables: dict[str, dict[str, dict[Key, Tensor]]] = {"shared": {"": {}}, "personal": {}, "seen": {}, "memory": {}}
-    sketches, similarity, distance = {}, {}, np.zeros((0, 0))
-    for name, value in tensors.items():
-        kind, client, rest = json.loads(name)
-        if kind == "sketch":
-            sketches[client] = sketches.decode(value.numpy().tobytes(), classes=rest[0], d=rest[1])
+    shared: dict[Key, Tensor] = {}
+    personal: dict[str, dict[Key, Tensor]] = {}
+    own: dict[str, Any] = {}
+    matrices: dict[str, Tensor] = {}
+    said: dict[str, Sketch] = {}
+    for place, value in tensors.items():
+        kind, *path = json.loads(place)
+        if kind == "shared":
+            shared[parse_key(path[0])] = value
+        elif kind == "personal":
+            personal.setdefault(path[0], {})[parse_key(path[1])] = value
+        elif kind == "own":
+            inner = own
+            for name in path[:-1]:
+                inner = inner.setdefault(name, {})
+            inner[path[-1]] = value
         elif kind == "similarity":
-            similarity[rest] = value
-        elif kind == "data_distance":
-            distance = value.numpy()
+            matrices[path[0]] = value
         else:
-            tables[kind].setdefault(client, {})[parse_key(rest)] = value
+            said[path[0]] = sketches.decode(value.numpy().tobytes(), classes=path[1], d=path[2])
+    delivered = manifest["deliveries"]
     return ServerState(
         round=manifest["round"],
-        shared=tables["shared"][""],
-        personal=tables["personal"],
-        seen=tables["seen"],
-        memory=tables["memory"],
-        sketches={client: sketches[client] for client in manifest["sketches"]},
-        data_distance=distance,
-        similarity=similarity,
-        changed={parse_key(name): round for name, round in manifest["changed"].items()},
-        changed_personal=manifest["changed_personal"],
-        delivered=manifest["delivered"],
+        shared=shared,
+        personal=personal,
+        deliveries=Deliveries(
+            {parse_key(name): round for name, round in delivered["shared"].items()},
+            delivered["personal"],
+            delivered["sent"],
+        ),
+        sketches={client: said[client] for client in manifest["sketches"]},
+        own=own,
+        similarity=Similarity(tuple(manifest["similar"]), matrices) if matrices else None,
     )

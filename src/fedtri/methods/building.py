@@ -1,0 +1,106 @@
+"""From a method's name and options to the method as a run uses it: its head, kind of adapter and server optimiser."""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from fedtri.aggregation import means
+from fedtri.aggregation.server_optimizers import ServerOptimizer
+from fedtri.config.strict import checked_options
+from fedtri.errors import FedtriError
+from fedtri.method import Aggregate, Method, Plan
+from fedtri.methods.table import METHODS
+
+AVERAGED = frozenset("HM")
+"""What travels by its weighted mean whatever the method: the task head, and DoRA's magnitudes."""
+
+
+def build(
+    name: str,
+    options: Mapping[str, Any] | None = None,
+    *,
+    head: str = "default",
+    adapter: str = "lora",
+    optimizer: ServerOptimizer | None = None,
+) -> Method:
+    """The method of this name with its options, for this kind of adapter, with this head and server optimiser.
+
+    Raises FedtriError for an unknown method or option, an option's value out of range, a kind of adapter that the
+    method is not defined for, or a server optimiser where what is shared is no average.
+    """
+    if name not in METHODS:
+        close = difflib.get_close_matches(name, METHODS, 1)
+        hint = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(METHODS)}"
+        raise FedtriError(f"method: unknown method {name!r}; {hint}")
+    method = METHODS[name](**checked_options(METHODS[name], options or {}, "method_options", name))
+    method = with_head(with_adapter(method, adapter), head)
+    method = replace(method, aggregate=_averaging(method))
+    return method if optimizer is None else with_optimizer(method, optimizer)
+
+
+def with_adapter(method: Method, kind: str) -> Method:
+    """The method for this kind of adapter: DoRA's magnitudes M learn, and travel where B does."""
+    if kind not in method.adapter.kinds:
+        able = ", ".join(name for name in METHODS if kind in METHODS[name]().adapter.kinds)
+        raise FedtriError(f"adapter: {method.name} is not defined for {kind!r}; expected lora, or a method of {able}")
+    if kind != "dora":
+        return method
+
+    def plan(round: int) -> Plan:
+        own = method.plan(round)
+        up, down = (kinds | ({"M"} if "B" in kinds else set()) for kinds in (own.up, own.down))
+        return replace(own, train=own.train | {"M"}, up=up, down=down)
+
+    return replace(method, plan=plan)
+
+
+def with_head(method: Method, head: str) -> Method:
+    """The method with "H" travelling both ways ("shared"), staying home ("personal"), or as its paper has it."""
+    if head == "default":
+        return method
+
+    def plan(round: int) -> Plan:
+        own = method.plan(round)
+        if head == "shared":
+            return replace(own, up=own.up | {"H"}, down=own.down | {"H"})
+        return replace(own, up=own.up - {"H"}, down=own.down - {"H"})
+
+    return replace(method, plan=plan)
+
+
+def with_optimizer(method: Method, optimizer: ServerOptimizer) -> Method:
+    """The method with a server optimiser. Raises FedtriError where what is shared is no average."""
+    if not method.averages:
+        able = ", ".join(name for name in METHODS if METHODS[name]().averages)
+        raise FedtriError(f"server.optimizer: {method.name} shares no plain average; expected none, or one of {able}")
+    return replace(method, aggregate=lambda state, replies: optimizer(state, method.aggregate(state, replies)))
+
+
+def networked(method: Method) -> Method:
+    """The method, for a real network. Raises FedtriError for one that needs everyone's data in one place."""
+    if method.plan(0).pooled:
+        raise FedtriError(f"method: {method.name} trains on everyone's data in one place; it exists in simulation only")
+    return method
+
+
+def scope(method: Method) -> str:
+    """What a client ends with: "global" factors, the same for all, or some that are "personal"."""
+    plan = method.plan(0)
+    # S is folded into C before it travels; a fresh A and B have gone into W
+    home = plan.train - plan.down - {"S"} - (frozenset("AB") if "W" in plan.down else frozenset())
+    return "personal" if home else "global"
+
+
+def _averaging(method: Method) -> Aggregate:
+    """The method's aggregation of what is its own, and the mean of a head or magnitudes that travel."""
+
+    def aggregate(state, replies):
+        up = method.plan(state.round - 1).up
+        if up - AVERAGED:
+            state = method.aggregate(state, replies)
+        if averaged := up & AVERAGED:
+            state = means.share(state, means.mean(replies, averaged))
+        return state
+
+    return aggregate

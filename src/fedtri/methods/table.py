@@ -1,0 +1,46 @@
+"""Every method of the package by name; its keyword-only options are what [method_options] may hold."""
+
+from collections.abc import Callable
+
+from fedtri.method import Method
+from fedtri.methods.ce_lora import ce_lora
+from fedtri.methods.centralized import centralized
+from fedtri.methods.ditto import ditto
+from fedtri.methods.fed_sb import fed_sb
+from fedtri.methods.fedex_lora import fedex_lora
+from fedtri.methods.fedit import fedit
+from fedtri.methods.fedprox import fedprox
+from fedtri.methods.fedsa_lora import fedsa_lora
+from fedtri.methods.ffa_lora import ffa_lora
+from fedtri.methods.flexlora import flexlora
+from fedtri.methods.flora import flora
+from fedtri.methods.flora_na import flora_na
+from fedtri.methods.full import full
+from fedtri.methods.hetlora import hetlora
+from fedtri.methods.local import local
+from fedtri.methods.lora_fair import lora_fair
+from fedtri.methods.pfedme import pfedme
+from fedtri.methods.ravan import ravan
+from fedtri.methods.rolora import rolora
+
+METHODS: dict[str, Callable[..., Method]] = {
+    "local": local,
+    "centralized": centralized,
+    "full": full,
+    "fedit": fedit,
+    "fedprox": fedprox,
+    "ffa_lora": ffa_lora,
+    "fedsa_lora": fedsa_lora,
+    "rolora": rolora,
+    "flexlora": flexlora,
+    "hetlora": hetlora,
+    "flora": flora,
+    "fedex_lora": fedex_lora,
+    "lora_fair": lora_fair,
+    "fed_sb": fed_sb,
+    "ravan": ravan,
+    "flora_na": flora_na,
+    "ce_lora": ce_lora,
+    "ditto": ditto,
+    "pfedme": pfedme,
+}
