@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from fedtri.adapters.layout import Factors
 from fedtri.messages import Reply
@@ -75,6 +75,7 @@ class Update:
     """The tensors of which the plan's `up` leaves home; None: those that are kept."""
 
 
+@runtime_checkable
 class LocalRound(Protocol):
     """One round at home, of one client or of several that share a backbone. Lists run over `clients`, in order."""
 

@@ -19,12 +19,12 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from fedtri import config as configuration
-from fedtri.adapters.bank import Cohort
+from fedtri.adapters.model import AdaptedModel
 from fedtri.config import Config
 from fedtri.deploy import examples, site
 from fedtri.errors import FedtriError
 from fedtri.methods import networked
-from fedtri.runs.simulation import choose_method, choose_task, client_ranks, load_cohort, start
+from fedtri.runs.simulation import choose_method, choose_task, client_ranks, load_model, start
 
 T = TypeVar("T")
 SECONDS = 10.0
@@ -153,16 +153,15 @@ def _server(place: Place) -> tuple[str, None]:
     return f"{place.server} answers, its certificate is good for {days} days", None
 
 
-def _model(config: Config, node: site.Node) -> tuple[str, tuple[Cohort, object]]:
+def _model(config: Config, node: site.Node) -> tuple[str, tuple[AdaptedModel, object]]:
     """The model can be loaded with the federation's adapters in it."""
     rank = client_ranks(config.rank, sorted(config.network.clients), config.seed)[node.client]
-    cohort, processor, head = load_cohort(config, tuple(config.network.labels), 1)
-    start(config, cohort, head, networked(choose_method(config)).adapter.basis, rank)
-    device = next(cohort.model.parameters()).device
-    return f"{config.model} on {device}, {len(cohort.layout.layers)} layers adapted", (cohort, processor)
+    adapted, processor, head = load_model(config, tuple(config.network.labels))
+    start(config, adapted, head, networked(choose_method(config)).adapter.basis, rank)
+    return f"{config.model} on {adapted.device}, {len(adapted.layout.layers)} layers adapted", (adapted, processor)
 
 
-def _data(config: Config, node: site.Node, model: tuple[Cohort, object]) -> tuple[str, None]:
+def _data(config: Config, node: site.Node, model: tuple[AdaptedModel, object]) -> tuple[str, None]:
     """The data can be read, and there is enough to train and to test on; they are tokenised for the first round."""
     recipe, (_, processor) = choose_task(config), model
     found = examples.load(config, node.client, Path(node.state) / "cache", recipe, processor)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from fedtri import config as configuration
-from fedtri.adapters.bank import Cohort
+from fedtri.adapters.model import install
 from fedtri.adapters.layout import Layout
 from fedtri.communication.codec import DTYPES
 from fedtri.communication.flower import FlowerTransport, Grid
@@ -84,17 +84,16 @@ def shapes(config: Config, method: Method) -> tuple[Layout, Sizes]:
     plain = skeleton(config.model, recipe, len(labels) or None)
     task = recipe.learning(labels, None)
     width = task.feature_size(plain) if method.welcome is not None else 0
-    cohort = Cohort(
+    adapted = install(
         plain,
         targets=[] if "P" in method.adapter.extra else find_targets(plain, config.targets, config.layers),
         head=recipe.head(plain),
-        clients=1,
         rank=largest_rank(config.rank),
         kind=config.adapter,
         extra=method.adapter.extra,
         heads=method.adapter.heads,
     )
-    return cohort.layout, Sizes(task.classes, width)
+    return adapted.layout, Sizes(task.classes, width)
 
 
 @contextmanager

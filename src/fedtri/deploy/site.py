@@ -22,11 +22,10 @@ from fedtri.deploy import examples
 from fedtri.deploy.journal import Journal, moment
 from fedtri.deploy.terms import common, fingerprint
 from fedtri.errors import FedtriError
-from fedtri.execution.interim import InterimExecutor
 from fedtri.federation import client
 from fedtri.messages import Phase, Reply, Request, Sketch
 from fedtri.methods import networked
-from fedtri.runs.simulation import choose_method, choose_task, client_ranks, fresh, load_cohort, optimization, start
+from fedtri.runs.simulation import choose_method, choose_task, client_ranks, build_executor, fresh, load_model, optimization, start
 from fedtri.similarity import sketches
 from fedtri.state import Scales
 from fedtri.storage.client_store import ClientStore, write_atomic
@@ -59,6 +58,8 @@ class Opened:
     site: client.Site
     sketch: Path
     """Where its sketch is kept, once it is made."""
+    features: int
+    """Numbers of the feature that stands for an example in a sketch."""
 
 
 def node_of(values: Mapping[str, object], where: str = "node config") -> Node:
@@ -92,19 +93,19 @@ def open_site(config: Config, node: Node) -> Opened:
             raise FedtriError(f"network.clients: {node.client} is not among {', '.join(sorted(ranks))}; add it")
         rank = ranks[node.client]
     with stage("loading its model"):
-        cohort, processor, head = load_cohort(config, tuple(config.network.labels), 1)
-        initial = start(config, cohort, head, method.adapter.basis, rank)
+        adapted, processor, head = load_model(config, tuple(config.network.labels))
+        initial = start(config, adapted, head, method.adapter.basis, rank)
     with stage("reading its data"):
         found = examples.load(config, node.client, Path(node.state) / "cache", recipe, processor)
     task, ranked = recipe.learning(config.network.labels, processor), {node.client: rank}
     site = client.Site(
-        executor=InterimExecutor(cohort, task, found.examples, config.simulation.token_budget),
+        executor=build_executor(config, adapted, task, found.examples),
         method=method,
         splits={node.client: found.split},
         scales=Scales(config.lora_alpha, ranked),
         optimization=optimization(config),
         initial=lambda _: initial,
-        fresh=fresh(config, cohort.layout, ranked),
+        fresh=fresh(config, adapted.layout, ranked),
         store=ClientStore(Path(node.state)),
         seed=config.seed,
         labels=found.examples.labels,
@@ -112,7 +113,7 @@ def open_site(config: Config, node: Node) -> Opened:
         evaluate=config.evaluate,
         validate=config.early_stopping.patience is not None,
     )
-    return Opened(node, config, site, found.sketch)
+    return Opened(node, config, site, found.sketch, task.feature_size(adapted.model))
 
 
 class Office:
@@ -178,8 +179,7 @@ def _sketched(opened: Opened, task: Request) -> Reply:
     """The sketch kept on disk, or a new one, which is kept."""
     site, name = opened.site, opened.node.client
     if opened.sketch.exists():
-        width = site.executor.task.feature_size(site.executor.cohort.model)
-        found: Sketch | None = sketches.decode(opened.sketch.read_bytes(), classes=site.label_count, d=width)
+        found: Sketch | None = sketches.decode(opened.sketch.read_bytes(), classes=site.label_count, d=opened.features)
         return Reply(name, task.round, {}, len(site.splits[name].train), {}, found)
     (reply,) = client.client_update(site, [task])
     assert reply.sketch is not None

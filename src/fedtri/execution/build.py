@@ -17,6 +17,7 @@ def build(
     examples: Examples,
     *,
     name: str = "auto",
+    group: int = 0,
     token_budget: int = 1536,
     gradient_checkpointing: bool = False,
     keeping: Keeping | None = None,
@@ -25,6 +26,7 @@ def build(
 
     Args:
         name: "reference": plain code, one client at a time; "auto": the fast one where the model is in its table.
+        group: How many clients are worked on side by side; 0: all. Alone, a client has all cores.
         token_budget: Tokens that go through the model at once.
         gradient_checkpointing: Whether layers keep no activations while they learn, and are run again.
         keeping: The examples whose states below the first adapted layer are kept, where the executor can.
@@ -34,11 +36,9 @@ def build(
     """
     reason = why_not(adapted)
     if name == "auto" and reason is None:
-        return FastExecutor(adapted, task, examples, token_budget, gradient_checkpointing, keeping)
+        return FastExecutor(adapted, task, examples, group, token_budget, gradient_checkpointing, keeping)
     recomputation = Recomputation(adapted.model) if gradient_checkpointing else None
     if name == "reference":
         return ReferenceExecutor(adapted, task, examples, token_budget, recomputation)
-    beside = not adapted.quantised and not adapted.layout.backbone
-    return ReferenceExecutor(
-        adapted, task, examples, token_budget, recomputation, beside, f"{reason}: no two clients share a pass"
-    )
+    beside = 1 if adapted.quantised or adapted.layout.backbone else group
+    return ReferenceExecutor(adapted, task, examples, token_budget, recomputation, beside, f"{reason}, so clients share no pass")

@@ -5,7 +5,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -74,10 +74,18 @@ class Scoring:
     """Whether the task's further metrics (perplexity, exact match) are wanted beside loss and accuracy."""
 
 
+@runtime_checkable
 class Executor(Protocol):
     """Trains and scores the clients of one place on one model, task and set of examples."""
 
-    layout: Layout
+    @property
+    def layout(self) -> Layout:
+        """The tensors that a client of this model has."""
+        ...
+
+    def describe(self) -> str:
+        """One line on how clients are executed, and why not faster where they are not."""
+        ...
 
     def train(
         self,

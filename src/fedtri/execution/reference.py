@@ -37,9 +37,9 @@ class ReferenceExecutor:
     """Tokens that go through the model at once, padding included; memory's limit, no result changes with it."""
     recomputation: Recomputation | None = None
     """Given where layers are to keep no activations while they learn."""
-    beside: bool = False
-    """Whether clients go side by side, each worker in a process of its own; else in turn."""
-    why: str = "the plain one, one client at a time"
+    group: int = 1
+    """How many clients go side by side, each worker in a process of its own; 0: all."""
+    why: str = "one client at a time"
 
     @property
     def layout(self) -> Layout:
@@ -70,9 +70,9 @@ class ReferenceExecutor:
         return self._all([partial(self._features, own) for own in rows])
 
     def _all(self, jobs: Sequence[Callable[[Worker], Any]], heard: Callable[..., None] = lambda *said: None) -> list:
-        if self.beside:
-            return side_by_side(jobs, heard, apart=True)
-        return [job(Worker(tell=heard)) for job in jobs]
+        size = self.group or max(len(jobs), 1)
+        groups = [jobs[start : start + size] for start in range(0, len(jobs), size)]
+        return [found for group in groups for found in side_by_side(group, heard, apart=True)]
 
     def _train(self, work: Training, learns: frozenset[str], how: Optimization, worker: Worker) -> Trained:
         self._load(work.model)

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig
 
-from fedtri.adapters.bank import Cohort
 from fedtri.adapters.layout import Layout
+from fedtri.adapters.model import install
 from fedtri.communication.codec import DTYPES
 from fedtri.errors import FedtriError
 from fedtri.method import Method
@@ -57,9 +57,9 @@ def costs(
         raise FedtriError(f"--dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
     recipe = choose_task(task)
     plain = skeleton(model, recipe, labels)
-    adapted = Cohort(plain, targets=find_targets(plain, targets), head=recipe.head(plain), clients=1, rank=rank).layout
+    adapted = install(plain, targets=find_targets(plain, targets), head=recipe.head(plain), rank=rank).layout
     plain = skeleton(model, recipe, labels)
-    whole = Cohort(plain, targets=[], head=recipe.head(plain), clients=1, rank=1, extra="P").layout
+    whole = install(plain, targets=[], head=recipe.head(plain), rank=1, extra="P").layout
     found = []
     for method in map(build, METHODS):
         if method.plan(0).pooled or rank % method.adapter.heads:

@@ -11,13 +11,14 @@ import torch
 
 from fedtri import config as configuration
 from fedtri.adapters.layout import Factors
+from fedtri.adapters.model import load, of_classes
 from fedtri.config import Config
 from fedtri.errors import FedtriError
 from fedtri.messages import Request
 from fedtri.models import peft as peft_format
 from fedtri.models.loading import Weights, locate
 from fedtri.runs import harness, vllm
-from fedtri.runs.simulation import build, choose_method, choose_task, load_cohort, start
+from fedtri.runs.simulation import build, choose_method, choose_task, load_model, start
 from fedtri.storage import checkpoint, run_directory
 from fedtri.storage.client_store import ClientStore
 
@@ -77,18 +78,18 @@ def export(folder: Path, client: str, to: Path, *, merge: bool = False, engine: 
     tuned = open_client(folder, client)
     alpha = tuned.config.lora_alpha
     rank = rank_of(tuned.factors)
-    cohort, _, _ = load_cohort(tuned.config, tuned.labels, 1)
+    adapted, _, _ = load_model(tuned.config, tuned.labels)
     recipe = choose_task(tuned.config)
     if not merge:
         peft_format.write_peft(
-            to, tuned.factors, cohort, alpha=alpha, base_model=locate(tuned.config.model), task_type=recipe.peft_type,
+            to, tuned.factors, adapted, alpha=alpha, base_model=locate(tuned.config.model), task_type=recipe.peft_type,
             labels=tuned.own,
         )  # fmt: skip
         return _served(to) if engine else None
     if engine and recipe.peft_type != "CAUSAL_LM":
         raise FedtriError(f"--for vllm: vLLM serves causal language models, this is {recipe.name}; leave --for out")
     plain = recipe.load(tuned.config.model, tuned.own or tuned.labels, Weights(tuned.config.model_options.dtype))
-    merged = peft_format.merge(plain.model, tuned.factors, cohort.layout, alpha / rank, tuned.config.adapter)
+    merged = peft_format.merge(plain.model, tuned.factors, adapted.layout, alpha / rank, tuned.config.adapter)
     part = to.with_name(f".{to.name}.part")
     part.mkdir(parents=True, exist_ok=True)
     merged.save_pretrained(part)  # pyright: ignore[reportCallIssue]
@@ -151,13 +152,13 @@ def predict(folder: Path, client: str, inputs: Sequence[str]) -> list[Answer]:
     if recipe.answers is None:
         raise FedtriError(f"{folder}: task {recipe.name} has no answers to show; use fedtri export")
     rank = rank_of(tuned.factors)
-    cohort, processor, head = load_cohort(config, tuned.labels, 1)
-    first = start(config, cohort, head, choose_method(config).adapter.basis, rank)
-    untuned = cohort.of_classes(first, tuned.classes)
+    adapted, processor, head = load_model(config, tuned.labels)
+    first = start(config, adapted, head, choose_method(config).adapter.basis, rank)
+    untuned = of_classes(adapted.layout, first, tuned.classes)
     said = []
     for factors in (tuned.factors, untuned):
-        cohort.write(0, factors, rank, config.lora_alpha, tuned.classes)
-        said.append(recipe.answers(cohort, processor, tuned.labels, inputs, config.max_length))
+        load(adapted, factors, rank=rank, alpha=config.lora_alpha, classes=tuned.classes)
+        said.append(recipe.answers(adapted.model, processor, tuned.labels, inputs, config.max_length))
     return [Answer(t, *pair) for t, *pair in zip(inputs, *said, strict=True)]
 
 

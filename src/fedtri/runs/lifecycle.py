@@ -51,7 +51,7 @@ def run(config: Config, listener: Listener = Listener()) -> Iterator[Progress]:
         federation = build(config, ClientStore(folder / "clients"))
         run_directory.write_text(folder / "config.toml", configuration.dumps(config))
         threads = torch.get_num_threads()
-        device = str(next(federation.site.executor.cohort.model.parameters()).device)
+        device = str(federation.adapted.device)
         run_directory.write_json(folder / "labels.json", federation.label_names)
         for client in federation.site.classes:
             run_directory.write_own_labels(folder, client, federation.own_labels(client) or [])
@@ -156,7 +156,7 @@ def export_client(target: Path, federation: Federation, client: str) -> None:
     """One client's adapter, as kept on its own disk, in PEFT format."""
     site = federation.site
     write_peft(
-        target, site.kept(client), site.executor.cohort, alpha=site.scales.alpha,
+        target, site.kept(client), federation.adapted, alpha=site.scales.alpha,
         base_model=locate(federation.config.model), task_type=federation.recipe.peft_type,
         labels=federation.own_labels(client),
     )  # fmt: skip

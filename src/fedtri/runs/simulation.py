@@ -11,18 +11,18 @@ from jaxtyping import Int
 from torch import Tensor
 
 from fedtri import methods, tasks
-from fedtri.adapters.bank import Cohort
 from fedtri.adapters.initial import initial_factors
 from fedtri.adapters.layout import Key, Layout
+from fedtri.adapters.model import AdaptedModel, install, of_classes
 from fedtri.aggregation import server_optimizers
 from fedtri.communication.in_process import LocalTransport
 from fedtri.config import Config
 from fedtri.data import Pool, load_pool
 from fedtri.data.partition import Split, partition
 from fedtri.errors import FedtriError
+from fedtri.execution import build as executors
 from fedtri.execution.executor import Optimization
-from fedtri.execution.interim import InterimExecutor
-from fedtri.execution.train import micro_batches
+from fedtri.execution.fast.kept import Keeping
 from fedtri.federation.client import Site
 from fedtri.federation.loop import Schedule
 from fedtri.federation.server import Expectation, sample
@@ -33,7 +33,7 @@ from fedtri.models.peft import read_peft
 from fedtri.seeds import derive
 from fedtri.state import Scales
 from fedtri.storage.client_store import ClientStore
-from fedtri.tasks import Examples, Recipe
+from fedtri.tasks import Examples, LearningTask, Recipe
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class Federation:
 
     config: Config
     method: Method
+    adapted: AdaptedModel
     site: Site
     transport: LocalTransport
     expected: Expectation
@@ -83,9 +84,8 @@ def build(config: Config, store: ClientStore) -> Federation:
     )
     shares = (config.split.train, config.split.validation, config.split.test)
     splits = partition(pool, spec=config.partition, clients=config.clients, seed=config.seed, fractions=shares)
-    clients = 1 if "P" in method.adapter.extra else min(len(splits), config.simulation.cohort or len(splits))
-    cohort, processor, head = load_cohort(config, pool.label_names, clients)
-    return assemble(config, method, pool, splits, cohort, processor, head, store)
+    adapted, processor, head = load_model(config, pool.label_names)
+    return assemble(config, method, pool, splits, adapted, processor, head, store)
 
 
 def choose_task(config: Config) -> Recipe:
@@ -135,14 +135,14 @@ def client_ranks(rank: int | list[int] | str, clients: Sequence[str], seed: int)
 
 
 def largest_rank(rank: int | list[int] | str) -> int:
-    """The largest rank that `client_ranks` can give a client: what a cohort is padded to."""
+    """The largest rank that `client_ranks` can give a client: what every layer must have room for."""
     if isinstance(rank, int):
         return rank
     return max(rank) if isinstance(rank, list) else int(rank.rpartition(",")[2])
 
 
-def load_cohort(config: Config, label_names: tuple[str, ...], clients: int) -> tuple[Cohort, Any, Mapping[Key, Tensor]]:
-    """The model with room for `clients` clients' factors, its processor, and the head everyone starts from.
+def load_model(config: Config, label_names: tuple[str, ...]) -> tuple[AdaptedModel, Any, Mapping[Key, Tensor]]:
+    """The model with adapters, its processor, and the head everyone starts from.
 
     Beside the head stand the tensors that start as the model has them: DoRA's magnitudes, a backbone that learns.
     """
@@ -151,31 +151,29 @@ def load_cohort(config: Config, label_names: tuple[str, ...], clients: int) -> t
     loaded = recipe.load(config.model, label_names, loading.Weights(how.dtype, how.quantization, str(device)))
     model, layers = loaded.model, recipe.head(loaded.model)
     head = loading.initial_head(model, layers, loaded.fresh, config.seed)
-    cohort = Cohort(
+    adapted = install(
         model if how.quantization != "none" else model.to(device),
         targets=[] if "P" in method.adapter.extra else loading.find_targets(model, config.targets, config.layers),
         head=layers,
-        clients=clients,
         rank=largest_rank(config.rank),
         kind=config.adapter,
         extra=method.adapter.extra,
         heads=method.adapter.heads,
-        checkpointing=how.gradient_checkpointing,
         mixed_precision=how.mixed_precision == "bfloat16",
     )
-    return cohort, loaded.processor, {**head, **cohort.initial()}
+    return adapted, loaded.processor, {**head, **adapted.initial}
 
 
 def start(
-    config: Config, cohort: Cohort, head: Mapping[Key, Tensor], basis: str, rank: int | None = None
+    config: Config, adapted: AdaptedModel, head: Mapping[Key, Tensor], basis: str, rank: int | None = None
 ) -> dict[Key, Tensor]:
     """What a client of this rank (or the largest) starts from: the seed's factors, or a PEFT adapter's A and B."""
     rank = largest_rank(config.rank) if rank is None else rank
-    factors = initial_factors(cohort.layout, head, rank=rank, seed=config.seed, basis=basis)
+    factors = initial_factors(adapted.layout, head, rank=rank, seed=config.seed, basis=basis)
     if config.init_adapter is not None:
         if basis != "kaiming":
             raise FedtriError("init_adapter: this method freezes A and B in a basis of its own; leave init_adapter out")
-        factors |= read_peft(config.init_adapter, cohort.layout, rank, config.lora_alpha)
+        factors |= read_peft(config.init_adapter, adapted.layout, rank, config.lora_alpha)
     return factors
 
 
@@ -184,7 +182,7 @@ def assemble(
     method: Method,
     pool: Pool,
     splits: Mapping[str, Split],
-    cohort: Cohort,
+    adapted: AdaptedModel,
     processor: Any,
     head: Mapping[Key, Tensor],
     store: ClientStore,
@@ -192,26 +190,26 @@ def assemble(
     """The federation over data, splits and a model that are already at hand."""
     recipe = choose_task(config)
     ranks = client_ranks(config.rank, sorted(splits), config.seed)
-    classes = own_classes(recipe, method, pool, splits, cohort) if config.labels == "own" else {}
-    first = {rank: start(config, cohort, head, method.adapter.basis, rank) for rank in set(ranks.values())}
+    classes = own_classes(recipe, method, pool, splits, adapted.layout) if config.labels == "own" else {}
+    first = {rank: start(config, adapted, head, method.adapter.basis, rank) for rank in set(ranks.values())}
     local = optimization(config)
     if method.plan(0).pooled:
         taking_part = len(sample(sorted(splits), config.fraction, 0, config.seed))
         local = replace(local, steps=local.steps and local.steps * taking_part)
         splits, ranks = {**splits, POOLED: _pooled(splits)}, {**ranks, POOLED: max(ranks.values())}
     examples = recipe.examples(pool, processor, config.max_length)
-    keep_prefix(config, cohort, examples, splits, store.folder)
     task = recipe.learning(pool.label_names, processor)
     scales = Scales(config.lora_alpha, ranks)
-    executor = InterimExecutor(cohort, task, examples, config.simulation.token_budget)
+    keeping = kept_examples(config, splits, store.folder)
+    executor = build_executor(config, adapted, task, examples, keeping)
     site = Site(
         executor=executor,
         method=method,
         splits=splits,
         scales=scales,
         optimization=local,
-        initial=lambda client: cohort.of_classes(first[ranks[client]], classes.get(client)),
-        fresh=fresh(config, cohort.layout, ranks),
+        initial=lambda client: of_classes(adapted.layout, first[ranks[client]], classes.get(client)),
+        fresh=fresh(config, adapted.layout, ranks),
         store=store,
         seed=config.seed,
         labels=examples.labels,
@@ -225,9 +223,10 @@ def assemble(
     return Federation(
         config=config,
         method=method,
+        adapted=adapted,
         site=site,
-        transport=LocalTransport(site, config.wire.dtype, task.feature_size(cohort.model) if method.welcome else 0),
-        expected=Expectation(cohort.layout, scales, config.wire.norm_bound),
+        transport=LocalTransport(site, config.wire.dtype, task.feature_size(adapted.model) if method.welcome else 0),
+        expected=Expectation(adapted.layout, scales, config.wire.norm_bound),
         schedule=Schedule(config.rounds, config.fraction, config.seed, config.evaluate, config.early_stopping.patience),
         recipe=recipe,
         processor=processor,
@@ -236,13 +235,13 @@ def assemble(
 
 
 def own_classes(
-    recipe: Recipe, method: Method, pool: Pool, splits: Mapping[str, Split], cohort: Cohort
+    recipe: Recipe, method: Method, pool: Pool, splits: Mapping[str, Split], layout: Layout
 ) -> dict[str, Int[np.ndarray, "own"]]:
     """The classes that each client's examples hold, ascending: what it has a head for where `labels = "own"`.
 
     Raises FedtriError where heads cannot differ, because they travel or there are none, and for a client of one class.
     """
-    if not recipe.classifies or not cohort.layout.head:
+    if not recipe.classifies or not layout.head:
         raise FedtriError(f'labels: "own" needs a head with a row for each class, which task {recipe.name} has not; '
                           'set labels = "shared"')  # fmt: skip
     if method.plan(0).pooled or any("H" in method.plan(round).up | method.plan(round).down for round in range(2)):
@@ -260,27 +259,39 @@ def own_classes(
     return found
 
 
-def keep_prefix(config: Config, cohort: Cohort, examples: Examples, splits: Mapping[str, Split], folder: Path) -> None:
-    """Let what enters the first adapted layer be kept for the examples that a run meets more than once."""
-    if cohort.prefix is None or config.simulation.prefix_budget == 0:
-        return
+def build_executor(
+    config: Config, adapted: AdaptedModel, task: LearningTask, examples: Examples, keeping: Keeping | None = None
+) -> executors.Executor:
+    """The executor that a config asks for, over these examples."""
+    return executors.build(
+        adapted,
+        task,
+        examples,
+        group=config.simulation.cohort,
+        token_budget=config.simulation.token_budget,
+        gradient_checkpointing=config.model_options.gradient_checkpointing,
+        keeping=keeping,
+    )
 
-    def groups() -> Iterator[np.ndarray]:
-        for client in sorted(set(splits) - {POOLED}):
-            split = splits[client]
-            drawn = len(split.train) * config.epochs if config.epochs else (config.steps or 0) * config.batch_size
-            again = config.rounds * config.fraction * drawn > len(split.train)
-            scored = [split.test, split.validation] if config.evaluate and config.rounds > 1 else []
-            for rows in [*([split.train] if again else []), *scored]:
-                if len(rows):
-                    budget, packed = config.simulation.token_budget, cohort.packing is not None
-                    yield from (rows[run] for run in micro_batches(examples.lengths[rows], budget, packed=packed))
 
+def kept_examples(config: Config, splits: Mapping[str, Split], folder: Path) -> Keeping | None:
+    """The examples that a run meets more than once: what enters the first adapted layer may be kept for them."""
+    if config.simulation.prefix_budget == 0:
+        return None
+    rows: list[np.ndarray] = []
+    for client in sorted(set(splits) - {POOLED}):
+        split = splits[client]
+        drawn = len(split.train) * config.epochs if config.epochs else (config.steps or 0) * config.batch_size
+        again = config.rounds * config.fraction * drawn > len(split.train)
+        scored = [split.test, split.validation] if config.evaluate and config.rounds > 1 else []
+        rows += [own for own in [*([split.train] if again else []), *scored] if len(own)]
     dtype = config.simulation.prefix_dtype
-    cohort.prefix.keep(
-        examples, groups(), budget=config.simulation.prefix_budget << 20, folder=folder,
+    return Keeping(
+        rows,
+        budget=config.simulation.prefix_budget << 20,
+        folder=folder,
         dtype=None if dtype == "auto" else getattr(torch, dtype),
-    )  # fmt: skip
+    )
 
 
 def _pooled(splits: Mapping[str, Split]) -> Split:

@@ -17,7 +17,7 @@ from fedtri.execution.fast.linear import Runs
 from fedtri.execution.fast.linear import apply as linear
 from fedtri.execution.fast.passes import Pass, Shape, View
 
-Rotary = tuple[Float[Tensor, "tokens 1 d"], Float[Tensor, "tokens 1 d"]]
+Rotary = tuple[Float[Tensor, "tokens 1 turned"], Float[Tensor, "tokens 1 turned"]]
 """Cosine and sine of each token's rotation."""
 
 

@@ -42,6 +42,8 @@ class FastExecutor:
     adapted: AdaptedModel
     task: LearningTask
     examples: Examples
+    group: int = 0
+    """How many clients train side by side and may share passes; 0: all."""
     token_budget: int = 1536
     """Tokens of a pass."""
     recompute: bool = False
@@ -87,9 +89,12 @@ class FastExecutor:
         self._open()
         if how.schedule != "constant":
             import_module("transformers.optimization")  # once, not in each of the processes that fork off
-        if self.layout.backbone:  # each client's model is another: no two share a pass, or a process
-            return [one for work_alone in work for one in self._train([work_alone], learns, how, on_step)]
-        return self._train(work, learns, how, on_step)
+        return [one for group in self._groups(work) for one in self._train(group, learns, how, on_step)]
+
+    def _groups(self, work: Sequence[T]) -> list[Sequence[T]]:
+        """The clients that are worked on at once: one where all of the model learns, and each client's is another."""
+        size = 1 if self.layout.backbone else self.group or max(len(work), 1)
+        return [work[start : start + size] for start in range(0, len(work), size)]
 
     def _train(
         self, work: Sequence[Training], learns: frozenset[str], how: Optimization, on_step: OnStep
@@ -124,7 +129,9 @@ class FastExecutor:
     def evaluate(self, work: Sequence[Scoring]) -> list[dict[str, float]]:
         """See `Executor`."""
         self._open()
+        return [one for group in self._groups(work) for one in self._evaluate(group)]
 
+    def _evaluate(self, work: Sequence[Scoring]) -> list[dict[str, float]]:
         def score(places: Sequence[int], worker: Worker) -> dict[int, dict[str, float]]:
             found = self._scores({place: work[place] for place in places}, worker)
             for place in places:
@@ -137,8 +144,6 @@ class FastExecutor:
             return found
 
         shares = self._shares(range(len(work)), [self._tokens(one.rows) for one in work])
-        if self.layout.backbone:
-            shares = [[place] for place in range(len(work))]
         found = _merged(side_by_side([partial(score, share) for share in shares], apart=True))
         return [found[place] for place in range(len(work))]
 
