@@ -38,7 +38,8 @@ def write_peft(
 ) -> None:
     """Write adapter_config.json and adapter_model.safetensors of a LoRA with B·C as lora_B, of DoRA, or of HiRA.
 
-    A second adapter stands behind the first, in one of twice the rank. `labels`, where the head is for other classes than everyone's, are written beside them as labels.json.
+    Two adapters of a layer become one of twice the rank. `labels` are the classes of a head that has its own; they are
+    written beside the adapter as labels.json.
 
     The folder is made whole or not at all; one that exists is not touched (FedtriError). Raises FedtriError too where
     PEFT has no format for what the client has: see `unexportable`.
