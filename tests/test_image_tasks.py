@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from fedtri.adapters.bank import Cohort
 from peft import PeftModel
 from PIL import Image
 from transformers import (
@@ -17,7 +18,6 @@ from transformers import (
 )
 
 from fedtri import tasks
-from fedtri.adapters.bank import Cohort
 from fedtri.errors import FedtriError
 from fedtri.execution import train
 from fedtri.methods import METHODS

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from fedtri.adapters.bank import Cohort
+
 from fedtri.communication import codec
 from fedtri.config import Config
 from fedtri.federation import client, server

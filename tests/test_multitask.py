@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 import torch
+from fedtri.adapters.bank import Cohort
 from peft import PeftModel
 from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification, AutoTokenizer
 
-from fedtri.adapters.bank import Cohort
 from fedtri.adapters.layout import Key
 from fedtri.errors import FedtriError
 from fedtri.methods import METHODS, build
