@@ -25,8 +25,9 @@ def front(groups: Sequence[Group]) -> go.Figure:
             edge.append(i)
     figure = titled(
         "Accuracy against bytes",
-        "Up is more accurate, left is cheaper. The stepped line is the Pareto front: no method is both cheaper and more "
-        f"accurate than one on it. {_bars(groups)} A method that sends nothing has no place on a logarithmic axis: it is a dashed line.",
+        "Up is more accurate, left is cheaper. The stepped line is the Pareto front: no method is both cheaper and "
+        f"more accurate than one on it. {_bars(groups)} A method that sends nothing has no place on a logarithmic axis: "
+        "it is a dashed line.",
         "; ".join(f"{groups[i].label}: accuracy {share(y)} for {amount(x)}" for i, (x, y) in sending.items()),
         x="bytes up per client and round (log)", y="mean accuracy over clients", height=440,
     )  # fmt: skip
