@@ -322,7 +322,7 @@ class Lab:
         values |= {"wire__dtype": "float64"} if double else {}
         built = simulation.build(getattr(self, of)(**values), ClientStore(store))
         if double:
-            built.opened.bank.model.double()
+            built.opened.adapted.model.double()
         return built
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedtri.adapters.bank import Cohort
 from fedtri.adapters.initial import initial_factors
@@ -27,7 +27,7 @@ from fedtri.federation.client import Site
 from fedtri.messages import POOLED
 from fedtri.models import loading
 from fedtri.models.peft import read_peft
-from fedtri.runs.spec import Spec
+from fedtri.runs.spec import Spec, layout_of
 from fedtri.seeds import derive
 from fedtri.storage.client_store import ClientStore
 from fedtri.tasks import Examples
@@ -51,7 +51,7 @@ class Machine:
 class Opened:
     """A model with room for clients' tensors."""
 
-    bank: Cohort
+    adapted: Cohort
     processor: Any
     """What turns examples into the model's inputs."""
     given: Mapping[Key, Tensor]
@@ -77,8 +77,9 @@ def open_model(spec: Spec, machine: Machine, clients: int = 1) -> Opened:
     weights = loading.Weights(how.dtype, how.quantization, str(device))
     loaded = spec.recipe.load(machine.model, spec.labels, weights)
     model, layers = loaded.model, spec.recipe.head(loaded.model)
+    _require_layout(spec, machine, model)
     head = loading.initial_head(model, layers, loaded.fresh, spec.seed)
-    bank = Cohort(
+    adapted = Cohort(
         model if how.quantization != "none" else model.to(device),
         targets=spec.targets,
         head=layers,
@@ -90,12 +91,19 @@ def open_model(spec: Spec, machine: Machine, clients: int = 1) -> Opened:
         checkpointing=how.gradient_checkpointing,
         mixed_precision=how.mixed_precision == "bfloat16",
     )
-    if bank.layout != spec.layout:
+    return Opened(adapted, loaded.processor, {**head, **adapted.initial()})
+
+
+def _require_layout(spec: Spec, machine: Machine, model: nn.Module) -> None:
+    try:
+        found = layout_of(model, spec.recipe, spec.method, spec.largest_rank, spec.targets, kind=spec.kind)
+    except FedtriError:
+        found = None
+    if found != spec.layout:
         raise FedtriError(
-            f"model: the weights in {machine.model} do not have the shapes that its config.json says; "
-            "give every end the same model"
+            f"model: {machine.model} is another model than the federation's, or its weights do not have the shapes "
+            "that its config.json says; give every end the same model"
         )
-    return Opened(bank, loaded.processor, {**head, **bank.initial()})
 
 
 def initial(spec: Spec, opened: Opened, rank: int) -> dict[Key, Tensor]:
@@ -132,7 +140,7 @@ def open_site(
         splits=data.splits,
         scales=spec.scales,
         optimization=spec.optimization,
-        initial=lambda client: opened.bank.of_classes(first[ranks[client]], data.classes.get(client)),
+        initial=lambda client: opened.adapted.of_classes(first[ranks[client]], data.classes.get(client)),
         fresh=_fresh(spec),
         store=store,
         seed=spec.seed,
@@ -148,14 +156,14 @@ def open_site(
 def _executor(spec: Spec, machine: Machine, opened: Opened, data: Data, folder: Path) -> Executor:
     """What trains and scores the clients; what it keeps on disk lies in `folder`."""
     task = spec.recipe.learning(list(spec.labels), opened.processor)
-    _keep_prefix(spec, machine, opened.bank, data, folder)
-    return InterimExecutor(opened.bank, task, data.examples, machine.simulation.token_budget)
+    _keep_prefix(spec, machine, opened.adapted, data, folder)
+    return InterimExecutor(opened.adapted, task, data.examples, machine.simulation.token_budget)
 
 
-def _keep_prefix(spec: Spec, machine: Machine, bank: Cohort, data: Data, folder: Path) -> None:
+def _keep_prefix(spec: Spec, machine: Machine, adapted: Cohort, data: Data, folder: Path) -> None:
     """Let what enters the first adapted layer be kept for the examples that a run meets more than once."""
     options, how, schedule = machine.simulation, spec.optimization, spec.schedule
-    if bank.prefix is None or options.prefix_budget == 0:
+    if adapted.prefix is None or options.prefix_budget == 0:
         return
 
     def groups() -> Iterator[np.ndarray]:
@@ -166,11 +174,11 @@ def _keep_prefix(spec: Spec, machine: Machine, bank: Cohort, data: Data, folder:
             scored = [split.test, split.validation] if schedule.evaluate and schedule.rounds > 1 else []
             for rows in [*([split.train] if again else []), *scored]:
                 if len(rows):
-                    budget, packed = options.token_budget, bank.packing is not None
+                    budget, packed = options.token_budget, adapted.packing is not None
                     yield from (rows[run] for run in micro_batches(data.examples.lengths[rows], budget, packed=packed))
 
     dtype = options.prefix_dtype
-    bank.prefix.keep(
+    adapted.prefix.keep(
         data.examples, groups(), budget=options.prefix_budget << 20, folder=folder,
         dtype=None if dtype == "auto" else getattr(torch, dtype),
     )  # fmt: skip

@@ -126,10 +126,6 @@ class TextClassification:
         """Cross-entropy and whether the largest score is the label's, of each sample."""
         return classes.classified(self.logits(cohort.model, batch), batch["labels"])
 
-    def feature_size(self, model: nn.Module) -> int:
-        """The backbone's hidden size."""
-        return model.config.hidden_size  # pyright: ignore[reportAttributeAccessIssue, reportReturnType]
-
     def features(self, model: nn.Module, batch: Batch) -> Float[Tensor, "batch d"]:
         """The last hidden states' mean over real tokens."""
         return mean_pooled(model, inputs_of(batch))
