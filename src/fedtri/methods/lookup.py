@@ -1,8 +1,8 @@
 """Where a method's name leads: to a built-in method, to one of an installed package, or to a function in a file.
 
-    ce_lora              built in: `METHODS`
-    their_method         offered by an installed package under the entry-point group "fedtri.methods"
-    my_method.py:mine    the function `mine` of this file, from the current folder or an absolute path
+ce_lora              built in: `METHODS`
+their_method         offered by an installed package under the entry-point group "fedtri.methods"
+my_method.py:mine    the function `mine` of this file, from the current folder or an absolute path
 """
 
 import difflib
@@ -98,7 +98,9 @@ def make(name: str, options: dict[str, object]) -> Method:
     if not isinstance(method, Method):
         raise FedtriError(f"method: {name} returned {type(method).__name__}, expected a fedtri.Method")
     if name not in METHODS and method.name in METHODS:
-        raise FedtriError(f"method: {name} calls itself {method.name!r}, as a built-in method does; give it another name")
+        raise FedtriError(
+            f"method: {name} calls itself {method.name!r}, as a built-in method does; give it another name"
+        )
     if not method.name.isidentifier():
         raise FedtriError(
             f"method: {name} calls itself {method.name!r}; expected letters, digits and underscores, as folders of "

@@ -12,7 +12,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from fedtri.report.colours import BLUE, GREEN, GREY, LIGHT, OCHRE, ORANGE, PAGE_LIGHT, faint
-from fedtri.report.names import amount, paper_name, share
+from fedtri.report.names import amount, share
 from fedtri.report.reading import Run
 
 MOST_POINTS = 200
@@ -361,7 +361,7 @@ def _trend(run: Run, column: str, name: str) -> str:
         text += (
             f", the worst client at {share(last[f'{column}_worst'])} and the best at {share(last[f'{column}_best'])}"
         )
-    return f"{paper_name(run.method)}: {text}."
+    return f"{run.paper}: {text}."
 
 
 def _line(colour: str, dash: str = "solid", width: float = 2.0) -> dict[str, Any]:

@@ -11,6 +11,7 @@ def summary(
     config: Config,
     lines: Sequence[Mapping[str, Any]],
     *,
+    method: Mapping[str, Any],
     payload: int,
     clients: Mapping[str, Mapping[str, object]],
     labels: Sequence[str],
@@ -21,13 +22,15 @@ def summary(
     Args:
         config: The run's configuration.
         lines: The lines of rounds.jsonl.
+        method: The method's name and paper, as `Method.described` gives them.
         payload: The bytes of the numbers alone that one client sends in a round.
         clients: What is known of each client's data.
         labels: The names of the classes in the order of their ids.
         executor: Which executor trained the clients, and why no faster one; None: not known here, as on a server.
     """
     return {
-        "method": config.method,
+        "method": method["name"],
+        "paper": method["paper"],
         "model": config.model,
         "task": config.task,
         "data": config.data,
@@ -74,5 +77,5 @@ def _seconds(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return {"total": round(sum(sum(line["seconds"].values()) for line in lines), 3), **by_stage}
 
 
-def _mean(values: Sequence[float]) -> float | None:
+def _mean(values: Sequence[float | int]) -> float | None:
     return sum(values) / len(values) if values else None
