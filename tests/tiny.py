@@ -32,7 +32,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from fedtri import config
-from fedtri.adapters.initial import effective_update
+from fedtri.adapters.factors import effective_update
 from fedtri.adapters.layout import Factors, Key
 from fedtri.execution.executor import Scoring
 from fedtri.federation import loop
@@ -61,15 +61,19 @@ _DECODER = {**_ENCODER, "num_key_value_heads": 2}
 SIZES: dict[str, dict[str, Any]] = {
     "bert": _ENCODER,
     "roberta": _ENCODER,
+    "xlm-roberta": _ENCODER,
+    "electra": {**_ENCODER, "embedding_size": 12},
     "mpnet": _ENCODER,
     "distilbert": {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24, "max_position_embeddings": 40},
     "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_inner": 24, "n_positions": 40},
     "llama": _DECODER,
     "mistral": {**_DECODER, "head_dim": 8},
     "qwen2": {**_DECODER, "num_key_value_heads": 1},
+    "qwen3": {**_DECODER, "num_key_value_heads": 1, "head_dim": 8},
+    "gemma": {**_DECODER, "num_key_value_heads": 1, "head_dim": 8},
     "gpt_neox": _ENCODER,
 }
-DECODERS = {"gpt2", "llama", "mistral", "qwen2", "gpt_neox"}
+DECODERS = {"gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma", "gpt_neox"}
 
 
 def classifier(kind: str, *, labels: int = 3, seed: int = 0, **more: Any) -> torch.nn.Module:
@@ -322,7 +326,7 @@ class Lab:
         values |= {"wire__dtype": "float64"} if double else {}
         built = simulation.build(getattr(self, of)(**values), ClientStore(store))
         if double:
-            built.opened.bank.model.double()
+            built.opened.adapted.model.double()
         return built
 
 

@@ -21,6 +21,8 @@ PERSONAL = "_personal"
 """Ends the name of a metric of a second, personal model that a method keeps beside the one it shares."""
 LOCAL = "_local"
 """In rounds.jsonl, ends the name of a metric after local training; without it, the metric is after aggregation."""
+SPREADS = ("accuracy", "accuracy_local", "test_loss", "test_loss_local")
+"""What a line of rounds.jsonl always has a spread of (or null): a client's "loss" on its test split is "test_loss"."""
 LOWER_IS_BETTER = frozenset({LOSS, TRAIN_LOSS, VALIDATION_LOSS, "test_loss", "perplexity"})
 IN_A_LINE = frozenset({ACCURACY, LOSS, TRAIN_LOSS, VALIDATION_LOSS, ACCURACY + PERSONAL, LOSS + PERSONAL})
 """Metrics with a place of their own in a line of rounds.jsonl; all others stand under "metrics"."""

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from fedtri.execution.routing import Routing
 from peft import PeftModel
 from torch import nn
 
 from fedtri.adapters.layer import TriLinear
 from fedtri.errors import FedtriError
-from fedtri.execution.routing import Routing
 from fedtri.methods import METHODS, build
 from fedtri.models import peft
 from fedtri.models.loading import Weights

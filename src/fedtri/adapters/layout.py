@@ -1,6 +1,7 @@
 """The tensors of a client: which factors there are, how each is called, and the shapes that both ends derive.
 
-An adapted linear layer computes y = W0 x + s · B C A x with A (r, d_in), C (r, r), B (d_out, r), s = alpha / r.
+An adapted linear layer computes y = W0 x + s · B C A x with A (r, d_in), C (r, r), B (d_out, r), s = alpha / r. A
+second adapter, for methods that keep two, adds s · b a x with a (r, d_in), b (d_out, r).
 """
 
 from collections.abc import Mapping
@@ -11,10 +12,10 @@ from torch import Tensor
 
 from fedtri.errors import FedtriError
 
-Factor = Literal["A", "C", "B", "S", "M", "W", "P", "H"]
-FACTORS: tuple[Factor, ...] = ("A", "C", "B", "S", "M", "W", "P", "H")
+Factor = Literal["A", "C", "B", "S", "M", "W", "a", "b", "P", "H"]
+FACTORS: tuple[Factor, ...] = ("A", "C", "B", "S", "M", "W", "a", "b", "P", "H")
 """A, C, B: the adapter. S: a scalar for each of a core's heads. M: DoRA's magnitudes. W: a dense update added to W0.
-P: a parameter of the backbone itself, where there is no adapter. H: the task head."""
+a, b: a second adapter. P: a parameter of the backbone itself, where there is no adapter. H: the task head."""
 
 
 class Key(NamedTuple):
@@ -63,7 +64,7 @@ class Layout:
     backbone: tuple[tuple[str, tuple[int, ...]], ...] = ()
     """The model's own parameters, where these learn in place of an adapter."""
     extra: str = ""
-    """Which of S, M and W an adapted layer has beside A, C and B."""
+    """Which of S, M, W, a and b an adapted layer has beside A, C and B."""
     heads: int = 1
     """C is block-diagonal with this many blocks, kept as the blocks alone, one under the other."""
 
@@ -86,7 +87,7 @@ class Layout:
             table[Key(name, "A")] = (rank, d_in)
             table[Key(name, "C")] = (rank, rank // self.heads)
             table[Key(name, "B")] = (d_out, rank)
-            beside = {"S": (self.heads,), "M": (d_out,), "W": (d_out, d_in)}
+            beside = {"S": (self.heads,), "M": (d_out,), "W": (d_out, d_in), "a": (rank, d_in), "b": (d_out, rank)}
             table |= {Key(name, factor): beside[factor] for factor in self.extra}
         table |= {Key(name, "P"): shape for name, shape in self.backbone}
         return table | {Key(name, "H"): shape for name, shape in self.head}

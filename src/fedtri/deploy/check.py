@@ -160,7 +160,7 @@ def _model(config: Config, node: site.Node) -> tuple[str, tuple[Spec, Opened]]:
     spec = agreed(config)
     opened = open_model(spec, Machine.of(config))
     initial(spec, opened, spec.scales.ranks[node.client])
-    return f"{config.model} on {opened.bank.device}, {len(spec.layout.layers)} layers adapted", (spec, opened)
+    return f"{config.model} on {opened.adapted.device}, {len(spec.layout.layers)} layers adapted", (spec, opened)
 
 
 def _data(config: Config, node: site.Node, spec: Spec, opened: Opened) -> tuple[str, None]:

@@ -33,9 +33,9 @@ from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fedtri import atomic
 from fedtri.communication.flower_calls import Called, SiteError
 from fedtri.errors import FedtriError
-from fedtri.storage.run_directory import write_text
 
 if TYPE_CHECKING:
     from fedtri.deploy.site import Office
@@ -97,7 +97,7 @@ def serve(folder: Path, keep: float) -> None:
 
         def loading(now: bool) -> None:
             said = {"socket": f"{place}/calls", "process": os.getpid(), "loading": now}
-            write_text(folder / ADDRESS, json.dumps(said))
+            atomic.write_json(folder / ADDRESS, said)
 
         loading(True)
         from fedtri.deploy.site import Office  # the first call waits meanwhile

@@ -1,1 +1,1 @@
-"""Executors train and score clients: the reference defines what that means, the fast one must agree."""
+"""Executors: they train and score clients, each with its own adapter on one frozen model."""

@@ -78,7 +78,10 @@ class Scoring:
 class Executor(Protocol):
     """Trains and scores the clients of one place on one model, task and set of examples."""
 
-    layout: Layout
+    @property
+    def layout(self) -> Layout:
+        """The tensors that a client of this model has."""
+        ...
 
     def describe(self) -> str:
         """One line for the log and summary.json: which executor this is, and why no faster one."""

@@ -1,20 +1,16 @@
-"""Gradient checkpointing in a cohort: a layer is run again in the backward pass, with the routing it was run with."""
-
-from contextlib import AbstractContextManager, nullcontext
+"""Gradient checkpointing by transformers: a layer keeps no activations, and is run again in the backward pass."""
 
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fedtri.errors import FedtriError
-from fedtri.execution.routing import Routing
 
 
 class Recomputation:
     """The layers of a model that keep no activations while it learns."""
 
-    def __init__(self, model: nn.Module, routing: Routing) -> None:
+    def __init__(self, model: nn.Module) -> None:
         """Prepare the model. Raises FedtriError where it has no layers that transformers can run again."""
-        self._routing = routing
         self._layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
         if not self._layers:
             raise FedtriError(
@@ -23,7 +19,7 @@ class Recomputation:
             )
         # newer transformers call it by the first name, and warn of the second
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False, "context_fn": self._contexts})  # pyright: ignore[reportCallIssue]
+        enable({"use_reentrant": False})  # pyright: ignore[reportCallIssue]
         for layer in self._layers:  # `training` switches a layer's own dropout on too, and dropout is off for good
             for name, value in vars(layer).items():
                 if "drop" in name and isinstance(value, float):
@@ -33,8 +29,3 @@ class Recomputation:
         """Whether gradients are about to be asked for: transformers goes by the layers' own training mode."""
         for layer in self._layers:
             layer.training = learns
-
-    def _contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        slots = self._routing.slots
-        assert slots is not None, "route the batch before the model sees it"
-        return nullcontext(), self._routing.routed(slots)

@@ -44,22 +44,29 @@ _here: tuple[Sequence[Job[Any]], Worker] = ((), Worker())
 """In a forked process: the jobs that it may be asked to do."""
 
 
-def side_by_side(jobs: Sequence[Job[T]], heard: Callable[..., None] = lambda *said: None) -> list[T]:
+def side_by_side(
+    jobs: Sequence[Job[T]], heard: Callable[..., None] = lambda *said: None, *, apart: bool = False
+) -> list[T]:
     """Each job's result, in order; the jobs share PyTorch's threads, and a job alone has them all.
 
-    `heard` is called in the caller's thread with what jobs tell. Raises what a job raises, and FedtriError where a
-    process dies.
+    Args:
+        heard: Called in the caller's thread with what jobs tell.
+        apart: Whether jobs change what they share, as a model that they load a client into: then each worker is a
+            process of its own, with a copy of its own, and where none can be forked off the jobs take turns.
+
+    Raises:
+        FedtriError: Where a process dies. What a job raises comes as it is.
     """
     threads = torch.get_num_threads()
     workers = min(threads, len(jobs))
-    if workers <= 1:
+    forked = forks() and threads // max(workers, 1) == 1  # OpenMP's threads do not survive a fork
+    if workers <= 1 or (apart and not forked):
         return [job(Worker(tell=heard)) for job in jobs]
-    apart = forks() and threads // workers == 1  # OpenMP's threads do not survive a fork
-    context = multiprocessing.get_context("fork" if apart else None)
+    context = multiprocessing.get_context("fork" if forked else None)
     mail, stopped = context.SimpleQueue(), context.Event()
     worker = Worker(stopped.is_set, lambda *said: mail.put(said))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else it warns of every fork
-    if apart:
+    if forked:
         pool, call = ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(jobs, worker)), _numbered
     else:
         pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads // workers,))

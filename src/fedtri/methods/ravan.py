@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import torch
 
-from fedtri.adapters.initial import folded
+from fedtri.adapters.factors import folded
 from fedtri.adapters.layout import Factors
 from fedtri.aggregation import means
 from fedtri.errors import FedtriError

@@ -12,7 +12,6 @@ from transformers.pytorch_utils import Conv1D
 
 from fedtri.adapters.layout import Key
 from fedtri.errors import FedtriError
-from fedtri.execution.packing import layer_list
 from fedtri.seeds import generator
 
 EMBEDDED = "minilm"
@@ -160,6 +159,22 @@ def backbone_of(model: nn.Module) -> str:
         return base
     within = [name for name, child in model.named_children() if isinstance(child, PreTrainedModel)]
     return within[0] if len(within) == 1 else ""
+
+
+def layer_list(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
+    """The only list of layers in the model's backbone and its name, where there is one."""
+    base = getattr(model, "base_model_prefix", "") or " "
+    backbone = getattr(model, base, None)
+    if not isinstance(backbone, nn.Module):
+        return None
+    found = [
+        [child for child in module.children() if isinstance(child, nn.ModuleList)] for module in backbone.modules()
+    ]
+    owners = [lists for lists in found if lists]
+    if len(owners) != 1:
+        return None
+    layers = owners[0][0]
+    return next(name for name, module in model.named_modules() if module is layers), layers
 
 
 def head_layers(model: nn.Module) -> list[str]:

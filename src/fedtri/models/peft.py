@@ -11,10 +11,11 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fedtri import atomic
-from fedtri.adapters.bank import Cohort
-from fedtri.adapters.initial import core_of, effective_update
-from fedtri.adapters.layer import Kind, TriLinear, weight_of
+from fedtri.adapters.bfloat16 import Bfloat16Linear
+from fedtri.adapters.factors import core_of, effective_update
+from fedtri.adapters.layer import AdaptedLinear, Kind, weight_of
 from fedtri.adapters.layout import Factors, Key, Layout
+from fedtri.adapters.model import AdaptedModel
 from fedtri.errors import FedtriError
 from fedtri.models.loading import Conv1D
 
@@ -22,12 +23,13 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
 PREFIX = "base_model.model."
+LINEAR = (nn.Linear, Conv1D, AdaptedLinear, Bfloat16Linear)
 
 
 def write_peft(
     folder: Path,
     factors: Factors,
-    cohort: Cohort,
+    adapted: AdaptedModel,
     *,
     alpha: float,
     base_model: str,
@@ -36,36 +38,40 @@ def write_peft(
 ) -> None:
     """Write adapter_config.json and adapter_model.safetensors of a LoRA with B·C as lora_B, of DoRA, or of HiRA.
 
-    `labels`, where the head is for other classes than everyone's, are written beside them as labels.json.
+    Two adapters of a layer become one of twice the rank. `labels` are the classes of a head that has its own; they are
+    written beside the adapter as labels.json.
 
     The folder is made whole or not at all; one that exists is not touched (FedtriError). Raises FedtriError too where
     PEFT has no format for what the client has: see `unexportable`.
     """
-    layout = cohort.layout
+    layout = adapted.layout
     if reason := unexportable(layout):
         raise FedtriError(f"{reason}; write the whole model with --merge")
     if folder.exists() and any(folder.iterdir()):
         raise FedtriError(f"{folder}: exists already and is not empty; choose another folder")
     rank = next(value.shape[0] for key, value in factors.items() if key.factor == "A")
+    times = 2 if "a" in layout.extra else 1  # two adapters are one of twice the rank
     tensors: dict[str, Tensor] = {}
     for layer in layout.layers:
         A, B = (factors[Key(layer.name, f)] for f in "AB")
         BC, at = B @ core_of(factors, layer.name), f"{PREFIX}{layer.name}"
-        if cohort.kind == "hira":  # PEFT's HiRA has no alpha, and keeps bare parameters
+        if times == 2:
+            A, BC = torch.cat([A, factors[Key(layer.name, "a")]]), torch.cat([BC, factors[Key(layer.name, "b")]], 1)
+        if adapted.kind == "hira":  # PEFT's HiRA has no alpha, and keeps bare parameters
             tensors |= {f"{at}.hira_A": A.contiguous(), f"{at}.hira_B": (BC * (alpha / rank)).contiguous()}
             continue
         tensors |= {f"{at}.lora_A.weight": A.contiguous(), f"{at}.lora_B.weight": BC.contiguous()}
-        if cohort.kind == "dora":
+        if adapted.kind == "dora":
             tensors[f"{at}.lora_magnitude_vector"] = factors[Key(layer.name, "M")].contiguous()
     for name, _ in layout.head:
         tensors[f"{PREFIX}{name}"] = factors[Key(name, "H")].contiguous()
     config = _peft_config(
-        cohort,
-        alpha,
-        r=rank,
-        target_modules=_target_modules(cohort),
+        adapted,
+        alpha * times,
+        r=rank * times,
+        target_modules=_target_modules(adapted),
         modules_to_save=sorted({name.split(".")[0] for name, _ in layout.head}) or None,
-        fan_in_fan_out=isinstance(cohort.layer(layout.layers[0].name).base, Conv1D),
+        fan_in_fan_out=isinstance(adapted.layer(layout.layers[0].name).base, Conv1D),
         task_type=task_type,
         base_model_name_or_path=base_model,
         inference_mode=True,
@@ -86,8 +92,8 @@ def unexportable(layout: Layout) -> str | None:
     return None
 
 
-def _peft_config(cohort: Cohort, alpha: float, **common: Any) -> "PeftConfig":
-    if cohort.kind == "hira":
+def _peft_config(adapted: AdaptedModel, alpha: float, **common: Any) -> "PeftConfig":
+    if adapted.kind == "hira":
         try:
             from peft import HiraConfig
         except ImportError:
@@ -96,7 +102,7 @@ def _peft_config(cohort: Cohort, alpha: float, **common: Any) -> "PeftConfig":
     from peft import LoraConfig
 
     whole = int(alpha) if alpha == int(alpha) else alpha
-    return LoraConfig(lora_alpha=whole, use_dora=cohort.kind == "dora", **common)  # pyright: ignore[reportArgumentType]
+    return LoraConfig(lora_alpha=whole, use_dora=adapted.kind == "dora", **common)  # pyright: ignore[reportArgumentType]
 
 
 def read_peft(folder: str | Path, layout: Layout, rank: int, alpha: float) -> dict[Key, Tensor]:
@@ -157,12 +163,12 @@ def merge(
     return model
 
 
-def _target_modules(cohort: Cohort) -> list[str]:
+def _target_modules(adapted: AdaptedModel) -> list[str]:
     """The last parts of the layers' names, as serving engines expect; whole names where these match more layers."""
-    adapted = {layer.name for layer in cohort.layout.layers}
-    suffixes = {name.rsplit(".", 1)[-1] for name in adapted}
+    names = {layer.name for layer in adapted.layout.layers}
+    suffixes = {name.rsplit(".", 1)[-1] for name in names}
     matched = {
-        name for name, module in cohort.model.named_modules()
-        if name.rsplit(".", 1)[-1] in suffixes and isinstance(module, nn.Linear | Conv1D | TriLinear)
+        name for name, module in adapted.model.named_modules()
+        if name.rsplit(".", 1)[-1] in suffixes and isinstance(module, LINEAR)
     }  # fmt: skip
-    return sorted(suffixes if matched == adapted else adapted)
+    return sorted(suffixes if matched == names else names)

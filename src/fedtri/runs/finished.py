@@ -12,6 +12,7 @@ import torch
 from fedtri import atomic, messages
 from fedtri import config as configuration
 from fedtri.adapters.layout import Factors
+from fedtri.adapters.model import load, of_classes
 from fedtri.config import Config
 from fedtri.errors import FedtriError
 from fedtri.messages import POOLED, Request
@@ -89,8 +90,9 @@ def export(folder: Path, client: str, to: Path, *, merge: bool = False, engine: 
     tuned = open_client(folder, client)
     spec, model = tuned.spec, tuned.machine.model
     if not merge:
+        adapted = open_model(spec, tuned.machine).adapted
         peft_format.write_peft(
-            to, tuned.factors, open_model(spec, tuned.machine).bank, alpha=spec.scales.alpha, base_model=locate(model),
+            to, tuned.factors, adapted, alpha=spec.scales.alpha, base_model=locate(model),
             task_type=spec.recipe.peft_type, labels=tuned.own,
         )  # fmt: skip
         return _served(to) if engine else None
@@ -156,11 +158,11 @@ def predict(folder: Path, client: str, inputs: Sequence[str]) -> list[Answer]:
     if recipe.answers is None:
         raise FedtriError(f"{folder}: task {recipe.name} has no answers to show; use fedtri export")
     opened = open_model(spec, tuned.machine)
-    untuned = opened.bank.of_classes(initial(spec, opened, tuned.rank), tuned.classes)
+    untuned = of_classes(spec.layout, initial(spec, opened, tuned.rank), tuned.classes)
     said = []
     for factors in (tuned.factors, untuned):
-        opened.bank.write(0, factors, tuned.rank, spec.scales.alpha, tuned.classes)
-        said.append(recipe.answers(opened.bank, opened.processor, spec.labels, inputs, spec.max_length))
+        load(opened.adapted, factors, rank=tuned.rank, alpha=spec.scales.alpha, classes=tuned.classes)
+        said.append(recipe.answers(opened.adapted.model, opened.processor, spec.labels, inputs, spec.max_length))
     return [Answer(t, *pair) for t, *pair in zip(inputs, *said, strict=True)]
 
 

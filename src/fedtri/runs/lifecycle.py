@@ -62,7 +62,7 @@ def run(config: Config, listener: Listener = Listener()) -> Iterator[Progress]:
         federation = build(config, ClientStore(folder / "clients"), listener.on_step)
         for client in federation.site.classes:
             run_directory.write_own_labels(folder, client, federation.own_labels(client) or [])
-        device = str(federation.opened.bank.device)
+        device = str(federation.opened.adapted.device)
         run_directory.begin(
             folder, configuration.dumps(config), method=federation.method.described(),
             clients=federation.spec.clients, labels=federation.spec.labels,
@@ -173,7 +173,7 @@ def export_client(target: Path, federation: Federation, client: str) -> None:
     """One client's adapter, as kept on its own disk, in PEFT format."""
     site = federation.site
     write_peft(
-        target, site.kept(client), federation.opened.bank, alpha=site.scales.alpha,
+        target, site.kept(client), federation.opened.adapted, alpha=site.scales.alpha,
         base_model=locate(federation.config.model), task_type=federation.recipe.peft_type,
         labels=federation.own_labels(client),
     )  # fmt: skip

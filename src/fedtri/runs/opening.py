@@ -3,7 +3,7 @@
 A simulated federation and a real site are opened by the same functions: a real site is a site of one client.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,16 +13,16 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from fedtri.adapters.bank import Cohort
 from fedtri.adapters.initial import initial_factors
 from fedtri.adapters.layout import Key
+from fedtri.adapters.model import AdaptedModel, install, of_classes
 from fedtri.config import Config
 from fedtri.config.schema import Simulation
 from fedtri.data.partition import Split
 from fedtri.errors import FedtriError
+from fedtri.execution import build as executors
 from fedtri.execution.executor import Executor, OnStep
-from fedtri.execution.interim import InterimExecutor
-from fedtri.execution.train import micro_batches
+from fedtri.execution.fast.kept import Keeping
 from fedtri.federation.client import Site
 from fedtri.messages import POOLED
 from fedtri.models import loading
@@ -49,9 +49,9 @@ class Machine:
 
 @dataclass(frozen=True)
 class Opened:
-    """A model with room for clients' tensors."""
+    """A model with adapters in it, and what belongs to it."""
 
-    bank: Cohort
+    adapted: AdaptedModel
     processor: Any
     """What turns examples into the model's inputs."""
     given: Mapping[Key, Tensor]
@@ -68,8 +68,8 @@ class Data:
     """The classes of each client's own head; empty where all have all."""
 
 
-def open_model(spec: Spec, machine: Machine, clients: int = 1) -> Opened:
-    """The model, loaded and adapted, with room for so many clients at once.
+def open_model(spec: Spec, machine: Machine) -> Opened:
+    """The model, loaded and adapted.
 
     Raises FedtriError where it cannot be loaded, or is another model than the Spec was built from.
     """
@@ -78,24 +78,22 @@ def open_model(spec: Spec, machine: Machine, clients: int = 1) -> Opened:
     loaded = spec.recipe.load(machine.model, spec.labels, weights)
     model, layers = loaded.model, spec.recipe.head(loaded.model)
     head = loading.initial_head(model, layers, loaded.fresh, spec.seed)
-    bank = Cohort(
+    adapted = install(
         model if how.quantization != "none" else model.to(device),
         targets=spec.targets,
         head=layers,
-        clients=1 if spec.layout.backbone else clients,
         rank=spec.largest_rank,
         kind=spec.kind,
         extra=parts.extra,
         heads=parts.heads,
-        checkpointing=how.gradient_checkpointing,
         mixed_precision=how.mixed_precision == "bfloat16",
     )
-    if bank.layout != spec.layout:
+    if adapted.layout != spec.layout:
         raise FedtriError(
             f"model: the weights in {machine.model} do not have the shapes that its config.json says; "
             "give every end the same model"
         )
-    return Opened(bank, loaded.processor, {**head, **bank.initial()})
+    return Opened(adapted, loaded.processor, {**head, **adapted.initial})
 
 
 def initial(spec: Spec, opened: Opened, rank: int) -> dict[Key, Tensor]:
@@ -132,7 +130,7 @@ def open_site(
         splits=data.splits,
         scales=spec.scales,
         optimization=spec.optimization,
-        initial=lambda client: opened.bank.of_classes(first[ranks[client]], data.classes.get(client)),
+        initial=lambda client: of_classes(spec.layout, first[ranks[client]], data.classes.get(client)),
         fresh=_fresh(spec),
         store=store,
         seed=spec.seed,
@@ -147,33 +145,32 @@ def open_site(
 
 def _executor(spec: Spec, machine: Machine, opened: Opened, data: Data, folder: Path) -> Executor:
     """What trains and scores the clients; what it keeps on disk lies in `folder`."""
-    task = spec.recipe.learning(list(spec.labels), opened.processor)
-    _keep_prefix(spec, machine, opened.bank, data, folder)
-    return InterimExecutor(opened.bank, task, data.examples, machine.simulation.token_budget)
+    return executors.build(
+        opened.adapted,
+        spec.recipe.learning(list(spec.labels), opened.processor),
+        data.examples,
+        name=machine.simulation.executor,
+        group=machine.simulation.group,
+        token_budget=machine.simulation.token_budget,
+        gradient_checkpointing=spec.model_options.gradient_checkpointing,
+        keeping=_keeping(spec, machine, data, folder),
+    )
 
 
-def _keep_prefix(spec: Spec, machine: Machine, bank: Cohort, data: Data, folder: Path) -> None:
-    """Let what enters the first adapted layer be kept for the examples that a run meets more than once."""
+def _keeping(spec: Spec, machine: Machine, data: Data, folder: Path) -> Keeping | None:
+    """The examples that a run meets more than once: what enters the first adapted layer may be kept for them."""
     options, how, schedule = machine.simulation, spec.optimization, spec.schedule
-    if bank.prefix is None or options.prefix_budget == 0:
-        return
-
-    def groups() -> Iterator[np.ndarray]:
-        for client in sorted(set(data.splits) - {POOLED}):
-            split = data.splits[client]
-            drawn = len(split.train) * how.epochs if how.epochs else (how.steps or 0) * how.batch_size
-            again = schedule.rounds * schedule.fraction * drawn > len(split.train)
-            scored = [split.test, split.validation] if schedule.evaluate and schedule.rounds > 1 else []
-            for rows in [*([split.train] if again else []), *scored]:
-                if len(rows):
-                    budget, packed = options.token_budget, bank.packing is not None
-                    yield from (rows[run] for run in micro_batches(data.examples.lengths[rows], budget, packed=packed))
-
-    dtype = options.prefix_dtype
-    bank.prefix.keep(
-        data.examples, groups(), budget=options.prefix_budget << 20, folder=folder,
-        dtype=None if dtype == "auto" else getattr(torch, dtype),
-    )  # fmt: skip
+    if options.prefix_budget == 0:
+        return None
+    kept: list[np.ndarray] = []
+    for client in sorted(set(data.splits) - {POOLED}):
+        split = data.splits[client]
+        drawn = len(split.train) * how.epochs if how.epochs else (how.steps or 0) * how.batch_size
+        again = schedule.rounds * schedule.fraction * drawn > len(split.train)
+        scored = [split.test, split.validation] if schedule.evaluate and schedule.rounds > 1 else []
+        kept += [rows for rows in [*([split.train] if again else []), *scored] if len(rows)]
+    dtype = None if options.prefix_dtype == "auto" else getattr(torch, options.prefix_dtype)
+    return Keeping(kept, budget=options.prefix_budget << 20, folder=folder, dtype=dtype)
 
 
 def _fresh(spec: Spec) -> Callable[[str, int], dict[Key, Tensor]]:

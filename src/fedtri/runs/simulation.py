@@ -85,7 +85,7 @@ def build(config: Config, store: ClientStore, on_step: OnStep = lambda client, s
     pool, splits = deal(config)
     spec = spec_of(config, list(splits), pool.label_names)
     machine = Machine.of(config)
-    opened = open_model(spec, machine, min(len(splits), config.simulation.group or len(splits)))
+    opened = open_model(spec, machine)
     classes = _own_classes(pool, splits) if spec.own_classes else {}
     if spec.method.plan(0).pooled:
         splits = {**splits, POOLED: _pooled(splits)}

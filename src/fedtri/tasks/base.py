@@ -1,7 +1,7 @@
 """What a task must offer so that every method, the training loop and the sketch can stay ignorant of it.
 
 A `Recipe` says how a kind of task is made: from a source's columns to a pool, from a checkpoint to a model, from a
-pool to examples. A `LearningTask` scores batches of these examples.
+pool to examples. A `LearningTask` scores batches of these examples. No task knows whose adapter a model carries.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -9,16 +9,19 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from fedtri.adapters.bank import Cohort
 from fedtri.data.pool import Pool, Source
 from fedtri.models.loading import Weights, head_layers
 
 Batch = Mapping[str, Tensor]
 Rows = Int[np.ndarray, "_"]
+Model = Any
+"""A Hugging Face model with one client's adapter, or what stands for one in a pass that several clients share: called
+with a batch's inputs it gives `.logits`, its `base_model` gives `.last_hidden_state`."""
 
 
 @dataclass(frozen=True)
@@ -69,18 +72,20 @@ class LearningTask(Protocol):
         """d of `features`: the dimension of a sketch's mixtures."""
         ...
 
-    def scores(self, cohort: Cohort, batch: Batch) -> Scores:
-        """Loss and hits of each sample, which the cohort has been routed for."""
+    def scores(self, model: Model, batch: Batch) -> Scores:
+        """Loss and hits of each sample."""
         ...
 
-    def features(self, model: nn.Module, batch: Batch) -> Float[Tensor, "batch d"]:
+    def features(self, model: Model, batch: Batch) -> Float[Tensor, "batch d"]:
         """One vector a sample, from the backbone."""
         ...
 
     def more_metrics(
-        self, cohort: Cohort, examples: Examples, rows: Mapping[int, Rows], found: Mapping[int, Mapping[str, float]]
-    ) -> Mapping[int, Mapping[str, float]]:
-        """Metrics beyond loss and accuracy (`found`), by slot, of each slot's own rows; {} where there are none.
+        self, model: nn.Module, examples: Examples, rows: Rows, found: Mapping[str, float]
+    ) -> Mapping[str, float]:
+        """Metrics of these rows beyond loss and accuracy (`found`); {} where there are none.
+
+        The model carries the client's adapter, and can generate where its architecture does.
 
         Any name may be given but "train_loss" and "validation_loss"; it stands under "metrics" in rounds.jsonl.
         """
@@ -92,9 +97,9 @@ def inputs_of(batch: Batch) -> dict[str, Tensor]:
     return {name: value for name, value in batch.items() if name != "labels"}
 
 
-def to_device(batch: Batch, cohort: Cohort) -> dict[str, Tensor]:
-    """The batch where the cohort's model is."""
-    return {name: value.to(cohort.device) for name, value in batch.items()}
+def to_device(batch: Batch, device: torch.device) -> dict[str, Tensor]:
+    """The batch on this device."""
+    return {name: value.to(device) for name, value in batch.items()}
 
 
 @dataclass(frozen=True)
@@ -106,7 +111,7 @@ class Loaded:
     fresh: frozenset[str] = frozenset()
 
 
-Answers = Callable[[Cohort, Any, Sequence[str], Sequence[str], int], list[str]]
+Answers = Callable[[Any, Any, Sequence[str], Sequence[str], int], list[str]]
 
 
 @dataclass(frozen=True)
@@ -135,4 +140,6 @@ class Recipe:
     kept: type[Any] | None = None
     """The class of its examples if that is a dataclass of arrays; a site then keeps them on its disk."""
     answers: Answers | None = None
-    """(cohort with the client in slot 0, processor, class names, inputs, max_length) to an answer each."""
+    """(model with the client's adapter, processor, class names, inputs, max_length) to an answer each."""
+    example_input: str = "some text"
+    """What an input may look like: what the command line proposes to ask after a run."""

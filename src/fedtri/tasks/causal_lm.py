@@ -10,13 +10,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from fedtri.adapters.bank import Cohort
 from fedtri.data import pool as pools
 from fedtri.data.pool import Pool, Source
 from fedtri.errors import FedtriError
 from fedtri.models.loading import Weights
 from fedtri.tasks import checkpoints, dialogue
-from fedtri.tasks.base import Batch, Examples, Loaded, Recipe, Rows, Scores, inputs_of, to_device
+from fedtri.tasks.base import Batch, Examples, Loaded, Model, Recipe, Rows, Scores, inputs_of, to_device
 from fedtri.tasks.dialogue import Segment, Template
 from fedtri.tasks.pooling import mean_pooled
 from fedtri.tasks.ragged import Ragged
@@ -51,13 +50,12 @@ def causal_lm(
         return CausalLM(max(1, len(label_names)), tokenizer, asking)
 
     def answers(
-        cohort: Cohort, tokenizer: PreTrainedTokenizerBase, _: Sequence[str], inputs: Sequence[str], limit: int
+        model: Model, tokenizer: PreTrainedTokenizerBase, _: Sequence[str], inputs: Sequence[str], limit: int
     ) -> list[str]:
         asked = [[dialogue.prompt(tokenizer, text, template)] for text in inputs]
         found = tokenize(tokenizer, asked, limit, "left", inputs, asks=True)
-        cohort.route([0] * len(inputs))
-        prompts = to_device(found.prompts(range(len(inputs))), cohort)
-        return generate(cohort.model, tokenizer, prompts, max_new_tokens)
+        prompts = to_device(found.prompts(range(len(inputs))), model.device)
+        return generate(model, tokenizer, prompts, max_new_tokens)
 
     return Recipe(
         name="causal_lm",
@@ -70,6 +68,7 @@ def causal_lm(
         skeleton=AutoModelForCausalLM.from_config,
         head=lambda model: [],
         answers=answers,
+        example_input="a prompt",
     )
 
 
@@ -227,30 +226,30 @@ class CausalLM:
     tokenizer: PreTrainedTokenizerBase
     asking: Asking
 
-    def scores(self, cohort: Cohort, batch: Batch) -> Scores:
+    def scores(self, model: Model, batch: Batch) -> Scores:
         """Loss and hits of each sample, summed over its response's tokens."""
-        return response_scores(cohort.model, inputs_of(batch), batch["labels"])
+        return response_scores(model, inputs_of(batch), batch["labels"])
 
     def feature_size(self, model: nn.Module) -> int:
         """The backbone's hidden size."""
         return model.config.hidden_size  # pyright: ignore[reportAttributeAccessIssue, reportReturnType]
 
-    def features(self, model: nn.Module, batch: Batch) -> Float[Tensor, "batch d"]:
+    def features(self, model: Model, batch: Batch) -> Float[Tensor, "batch d"]:
         """The last hidden states' mean over all real tokens, prompt and response."""
         return mean_pooled(model, inputs_of(batch))
 
     def more_metrics(
-        self, cohort: Cohort, examples: Examples, rows: Mapping[int, Rows], found: Mapping[int, Mapping[str, float]]
-    ) -> Mapping[int, Mapping[str, float]]:
+        self, model: Model, examples: Examples, rows: Rows, found: Mapping[str, float]
+    ) -> Mapping[str, float]:
         """Perplexity; and the share of exact answers, where asked for."""
         assert isinstance(examples, TextToContinue)
         known = examples
 
         def answer(chosen: Sequence[int]) -> list[str]:
-            prompts = to_device(known.prompts(chosen), cohort)
-            return generate(cohort.model, self.tokenizer, prompts, self.asking.max_new_tokens)
+            prompts = to_device(known.prompts(chosen), model.device)
+            return generate(model, self.tokenizer, prompts, self.asking.max_new_tokens)
 
-        return self.asking.metrics(cohort, rows, found, answer, lambda row: known.responses[row])
+        return self.asking.metrics(rows, found, answer, lambda row: known.responses[row])
 
 
 def load(model: str, label_names: Sequence[str], weights: Weights) -> Loaded:

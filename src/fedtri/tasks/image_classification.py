@@ -10,10 +10,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import AutoModelForImageClassification
 
-from fedtri.adapters.bank import Cohort
 from fedtri.models.loading import Weights, backbone_of
 from fedtri.tasks import classes, images
-from fedtri.tasks.base import Batch, Examples, Loaded, Recipe, Rows, Scores
+from fedtri.tasks.base import Batch, Examples, Loaded, Model, Recipe, Rows, Scores
 
 WHAT = "an image classifier"
 
@@ -31,6 +30,7 @@ def image_classification() -> Recipe:
         skeleton=partial(classes.skeleton, AutoModelForImageClassification),
         classifies=True,
         answers=answers,
+        example_input="picture.png",
     )
 
 
@@ -46,13 +46,13 @@ class ImageClassification:
 
     classes: int
 
-    def logits(self, cohort: Cohort, batch: Batch) -> Float[Tensor, "batch classes"]:
+    def logits(self, model: Model, batch: Batch) -> Float[Tensor, "batch classes"]:
         """The head's scores for each class."""
-        return cohort.model(pixel_values=images.pixels(cohort.model, batch)).logits
+        return model(pixel_values=images.pixels(model, batch)).logits
 
-    def scores(self, cohort: Cohort, batch: Batch) -> Scores:
+    def scores(self, model: Model, batch: Batch) -> Scores:
         """Cross-entropy and whether the largest score is the label's, of each sample."""
-        return classes.classified(self.logits(cohort, batch), batch["labels"])
+        return classes.classified(self.logits(model, batch), batch["labels"])
 
     def feature_size(self, model: nn.Module) -> int:
         """The backbone's hidden size; that of the last stage if it has several stages."""
@@ -60,24 +60,23 @@ class ImageClassification:
         stages = getattr(config, "hidden_sizes", None)
         return stages[-1] if stages else config.hidden_size
 
-    def features(self, model: nn.Module, batch: Batch) -> Float[Tensor, "batch d"]:
+    def features(self, model: Model, batch: Batch) -> Float[Tensor, "batch d"]:
         """The last hidden states' mean over all tokens, or over all places of a feature map."""
         backbone = model.get_submodule(backbone_of(model))
         hidden = backbone(pixel_values=images.pixels(model, batch)).last_hidden_state
         return hidden.mean(1) if hidden.dim() == 3 else hidden.mean((2, 3))
 
     def more_metrics(
-        self, cohort: Cohort, examples: Examples, rows: Mapping[int, Rows], found: Mapping[int, Mapping[str, float]]
-    ) -> Mapping[int, Mapping[str, float]]:
+        self, model: nn.Module, examples: Examples, rows: Rows, found: Mapping[str, float]
+    ) -> Mapping[str, float]:
         """None."""
         return {}
 
 
 def answers(
-    cohort: Cohort, processor: images.ImageProcessor, label_names: Sequence[str], inputs: Sequence[str], limit: int
+    model: Model, processor: images.ImageProcessor, label_names: Sequence[str], inputs: Sequence[str], limit: int
 ) -> list[str]:
     """The likeliest class of each image file and its probability."""
-    batch = {"pixel_values": images.of_files(inputs, processor).to(cohort.device)}
-    cohort.route([0] * len(inputs))
+    batch = {"pixel_values": images.of_files(inputs, processor).to(model.device)}
     with torch.inference_mode():
-        return classes.likeliest(ImageClassification(len(label_names)).logits(cohort, batch), label_names)
+        return classes.likeliest(ImageClassification(len(label_names)).logits(model, batch), label_names)

@@ -3,7 +3,7 @@
     p(class | image) ∝ exp(t · cos(image tower(image), text tower(prompt of the class)))     t: the model's own scale
 
 Both towers are adapted and there is no head: classes are words, so clients may differ in them and a new one needs only
-its name. Each client's text tower is another, so the prompts pass through it once for each client of a batch.
+its name.
 Source: CLIP, arXiv:2103.00020, section 3.1.4.
 """
 
@@ -18,12 +18,11 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from transformers import AutoModel, CLIPModel
 
-from fedtri.adapters.bank import Cohort
 from fedtri.adapters.layer import precision
 from fedtri.errors import FedtriError
 from fedtri.models.loading import Weights
 from fedtri.tasks import checkpoints, classes, images
-from fedtri.tasks.base import Batch, Examples, Loaded, Recipe, Rows, Scores
+from fedtri.tasks.base import Batch, Examples, Loaded, Model, Recipe, Rows, Scores
 
 WHAT = "a CLIP model"
 
@@ -53,6 +52,7 @@ def image_text(*, prompt: str = "a photo of a {}") -> Recipe:
         head=lambda model: [],
         classifies=True,
         answers=partial(answers, prompt),
+        example_input="picture.png",
     )
 
 
@@ -121,33 +121,30 @@ class ImageText:
     prompts: Int[Tensor, "classes tokens"]
     mask: Int[Tensor, "classes tokens"]
 
-    def logits(self, cohort: Cohort, batch: Batch) -> Float[Tensor, "batch classes"]:
-        """Each image's similarity to every prompt, by its own client's towers, times the model's scale."""
-        model: Any = cohort.model
+    def logits(self, model: Model, batch: Batch) -> Float[Tensor, "batch classes"]:
+        """Each image's similarity to every prompt, times the model's scale."""
         image = embedding(model, batch)
-        with cohort.routing.once_a_client(self.classes) as own:
-            clients = int(own.max()) + 1
-            ids, mask = (value.to(image.device).repeat(clients, 1) for value in (self.prompts, self.mask))
-            text = model.get_text_features(input_ids=ids, attention_mask=mask).pooler_output
-        text = normalize(text.to(image.dtype), dim=-1).unflatten(0, (clients, -1))  # (clients, classes, d)
-        return model.logit_scale.to(image.dtype).exp() * (text[own] @ image[..., None])[..., 0]
+        ids, mask = self.prompts.to(image.device), self.mask.to(image.device)
+        text = model.get_text_features(input_ids=ids, attention_mask=mask).pooler_output
+        text = normalize(text.to(image.dtype), dim=-1)  # (classes, d)
+        return model.logit_scale.to(image.dtype).exp() * image @ text.mT
 
-    def scores(self, cohort: Cohort, batch: Batch) -> Scores:
+    def scores(self, model: Model, batch: Batch) -> Scores:
         """Cross-entropy and whether the nearest prompt is the label's, of each sample."""
-        return classes.classified(self.logits(cohort, batch), batch["labels"])
+        return classes.classified(self.logits(model, batch), batch["labels"])
 
     def feature_size(self, model: nn.Module) -> int:
         """The dimension of the space into which both towers project."""
         config: Any = model.config
         return config.projection_dim
 
-    def features(self, model: nn.Module, batch: Batch) -> Float[Tensor, "batch d"]:
+    def features(self, model: Model, batch: Batch) -> Float[Tensor, "batch d"]:
         """The image's embedding, of length 1."""
         return embedding(model, batch)
 
     def more_metrics(
-        self, cohort: Cohort, examples: Examples, rows: Mapping[int, Rows], found: Mapping[int, Mapping[str, float]]
-    ) -> Mapping[int, Mapping[str, float]]:
+        self, model: nn.Module, examples: Examples, rows: Rows, found: Mapping[str, float]
+    ) -> Mapping[str, float]:
         """None."""
         return {}
 
@@ -159,10 +156,9 @@ def embedding(model: Any, batch: Batch) -> Float[Tensor, "batch d"]:
 
 
 def answers(
-    prompt: str, cohort: Cohort, processor: Processor, label_names: Sequence[str], inputs: Sequence[str], limit: int
+    prompt: str, model: Model, processor: Processor, label_names: Sequence[str], inputs: Sequence[str], limit: int
 ) -> list[str]:
     """The likeliest class of each image file and its probability."""
-    batch = {"pixel_values": images.of_files(inputs, processor.images).to(cohort.device)}
-    cohort.route([0] * len(inputs))
+    batch = {"pixel_values": images.of_files(inputs, processor.images).to(model.device)}
     with torch.inference_mode():
-        return classes.likeliest(learning(prompt, label_names, processor).logits(cohort, batch), label_names)
+        return classes.likeliest(learning(prompt, label_names, processor).logits(model, batch), label_names)

@@ -4,7 +4,6 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from inspect import signature
 from typing import Any, Literal
 
@@ -15,11 +14,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from fedtri.adapters.bank import Cohort
 from fedtri.errors import FedtriError
-from fedtri.execution.workers import Worker, side_by_side
 from fedtri.tasks import checkpoints
-from fedtri.tasks.base import Batch, Rows, Scores
+from fedtri.tasks.base import Batch, Model, Rows, Scores
 
 IGNORED = -100
 """The label of a token that carries no loss, as in PyTorch's cross-entropy."""
@@ -27,7 +24,7 @@ ExactMatch = Literal["none", "number", "text"]
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
 
 
-def response_scores(model: nn.Module, inputs: Batch, labels: Int[Tensor, "batch tokens"]) -> Scores:
+def response_scores(model: Model, inputs: Batch, labels: Int[Tensor, "batch tokens"]) -> Scores:
     """Cross-entropy and hits of each sample, summed over the tokens whose label is not IGNORED.
 
     The token at place t is predicted from the tokens before it. If the model can, it computes logits only for the
@@ -46,8 +43,7 @@ def response_scores(model: nn.Module, inputs: Batch, labels: Int[Tensor, "batch 
 
 
 def generate(model: nn.Module, tokenizer: PreTrainedTokenizerBase, inputs: Batch, max_new_tokens: int) -> list[str]:
-    """The likeliest continuation of each prompt, token by token; prompts are padded on the left. The cohort is routed
-    by the caller."""
+    """The likeliest continuation of each prompt, token by token; prompts are padded on the left."""
     own: Any = getattr(model, "generation_config", None)
     known: Any = None if own is None else own.eos_token_id
     last: Any = tokenizer.eos_token_id
@@ -81,49 +77,37 @@ class Asking:
 
     def metrics(
         self,
-        cohort: Cohort,
-        rows: Mapping[int, Rows],
-        found: Mapping[int, Mapping[str, float]],
+        rows: Rows,
+        found: Mapping[str, float],
         answer: Callable[[Sequence[int]], list[str]],
         expected: Callable[[int], str],
-    ) -> dict[int, dict[str, float]]:
-        """Perplexity by slot, from the losses `found`; and the share of exact answers, where asked for.
+    ) -> dict[str, float]:
+        """Perplexity, from the loss `found`; and the share of exact answers, where asked for.
 
         Args:
-            answer: The model's answers to these rows, which are routed to one slot.
+            rows: The client's test examples.
+            answer: The client's model's answers to these rows.
             expected: The response a row has in the data.
         """
-        more = {slot: {"perplexity": math.exp(min(scores["loss"], 700))} for slot, scores in found.items()}
-        if self.exact_match != "none":
-            asked = {slot: own[: self.generations].tolist() for slot, own in rows.items() if len(own)}
-            for slot, share in exact_matches(cohort, asked, answer, expected, self.exact_match).items():
-                more[slot]["exact_match"] = share
+        more = {"perplexity": math.exp(min(found["loss"], 700))}
+        if self.exact_match != "none" and len(rows):
+            more["exact_match"] = exact_matches(rows[: self.generations].tolist(), answer, expected, self.exact_match)
         return more
 
 
 def exact_matches(
-    cohort: Cohort,
-    rows: Mapping[int, Sequence[int]],
+    rows: Sequence[int],
     answer: Callable[[Sequence[int]], list[str]],
     expected: Callable[[int], str],
     judged: ExactMatch,
     batch_size: int = 16,
-) -> dict[int, float]:
-    """By slot, the share of its rows that its own model answers exactly; clients side by side, but on a GPU."""
-
-    def share(slot: int, worker: Worker) -> float:
-        own, hits = rows[slot], 0
-        for start in range(0, len(own), batch_size):
-            if worker.stop():
-                break
-            chosen = own[start : start + batch_size]
-            cohort.route([slot] * len(chosen))
-            hits += sum(same(said, expected(row), judged) for said, row in zip(answer(chosen), chosen, strict=True))
-        return hits / len(own)
-
-    jobs = [partial(share, slot) for slot in rows]
-    found = [job(Worker()) for job in jobs] if cohort.together else side_by_side(jobs)
-    return dict(zip(rows, found, strict=True))
+) -> float:
+    """The share of these rows that a model answers exactly."""
+    hits = 0
+    for start in range(0, len(rows), batch_size):
+        chosen = rows[start : start + batch_size]
+        hits += sum(same(said, expected(row), judged) for said, row in zip(answer(chosen), chosen, strict=True))
+    return hits / len(rows)
 
 
 def same(said: str, expected: str, judged: ExactMatch) -> bool:

@@ -10,12 +10,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
-from fedtri.adapters.bank import Cohort
 from fedtri.data import pool as pools
 from fedtri.data.pool import Pool, Source
 from fedtri.models.loading import Weights
 from fedtri.tasks import checkpoints, classes
-from fedtri.tasks.base import Batch, Examples, Loaded, Recipe, Rows, Scores, inputs_of, to_device
+from fedtri.tasks.base import Batch, Examples, Loaded, Model, Recipe, Rows, Scores, inputs_of, to_device
 from fedtri.tasks.pooling import mean_pooled
 from fedtri.tasks.ragged import Ragged
 
@@ -118,25 +117,25 @@ class TextClassification:
 
     classes: int
 
-    def logits(self, model: nn.Module, batch: Batch) -> Float[Tensor, "batch classes"]:
+    def logits(self, model: Model, batch: Batch) -> Float[Tensor, "batch classes"]:
         """The head's scores for each class."""
         return model(**inputs_of(batch)).logits
 
-    def scores(self, cohort: Cohort, batch: Batch) -> Scores:
+    def scores(self, model: Model, batch: Batch) -> Scores:
         """Cross-entropy and whether the largest score is the label's, of each sample."""
-        return classes.classified(self.logits(cohort.model, batch), batch["labels"])
+        return classes.classified(self.logits(model, batch), batch["labels"])
 
     def feature_size(self, model: nn.Module) -> int:
         """The backbone's hidden size."""
         return model.config.hidden_size  # pyright: ignore[reportAttributeAccessIssue, reportReturnType]
 
-    def features(self, model: nn.Module, batch: Batch) -> Float[Tensor, "batch d"]:
+    def features(self, model: Model, batch: Batch) -> Float[Tensor, "batch d"]:
         """The last hidden states' mean over real tokens."""
         return mean_pooled(model, inputs_of(batch))
 
     def more_metrics(
-        self, cohort: Cohort, examples: Examples, rows: Mapping[int, Rows], found: Mapping[int, Mapping[str, float]]
-    ) -> Mapping[int, Mapping[str, float]]:
+        self, model: nn.Module, examples: Examples, rows: Rows, found: Mapping[str, float]
+    ) -> Mapping[str, float]:
         """None."""
         return {}
 
@@ -148,11 +147,10 @@ def load(model: str, label_names: Sequence[str], weights: Weights) -> Loaded:
 
 
 def answers(
-    cohort: Cohort, tokenizer: PreTrainedTokenizerBase, label_names: Sequence[str], inputs: Sequence[str], limit: int
+    model: Model, tokenizer: PreTrainedTokenizerBase, label_names: Sequence[str], inputs: Sequence[str], limit: int
 ) -> list[str]:
     """The likeliest class of each text and its probability."""
     found = tokenize(tokenizer, inputs, None, np.zeros(len(inputs), np.int64), limit)
-    batch = to_device(found.batch(np.arange(len(inputs))), cohort)
-    cohort.route([0] * len(inputs))
+    batch = to_device(found.batch(np.arange(len(inputs))), model.device)
     with torch.inference_mode():
-        return classes.likeliest(TextClassification(len(label_names)).logits(cohort.model, batch), label_names)
+        return classes.likeliest(TextClassification(len(label_names)).logits(model, batch), label_names)

@@ -13,13 +13,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForTokenClassification, PreTrainedTokenizerBase
 
-from fedtri.adapters.bank import Cohort
 from fedtri.data import pool as pools
 from fedtri.data.pool import Pool, Source
 from fedtri.errors import FedtriError
 from fedtri.models.loading import Weights
 from fedtri.tasks import checkpoints, classes
-from fedtri.tasks.base import Batch, Examples, Loaded, Recipe, Rows, Scores, inputs_of, to_device
+from fedtri.tasks.base import Batch, Examples, Loaded, Model, Recipe, Rows, Scores, inputs_of, to_device
 from fedtri.tasks.pooling import mean_pooled
 from fedtri.tasks.ragged import Ragged
 from fedtri.tasks.responses import IGNORED
@@ -130,9 +129,9 @@ class TokenClassification:
     classes: int = 1
     """The classes of sketches. Sketches do not use tags: one mixture describes all texts."""
 
-    def scores(self, cohort: Cohort, batch: Batch) -> Scores:
+    def scores(self, model: Model, batch: Batch) -> Scores:
         """Loss and hits of each text, summed over its words."""
-        logits, labels = cohort.model(**inputs_of(batch)).logits, batch["labels"]
+        logits, labels = model(**inputs_of(batch)).logits, batch["labels"]
         loss = cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORED)
         hits = logits.detach().argmax(-1) == labels  # never true where ignored
         return Scores(loss.view_as(labels).sum(1), hits.sum(1).to(loss.dtype))
@@ -141,13 +140,13 @@ class TokenClassification:
         """The backbone's hidden size."""
         return model.config.hidden_size  # pyright: ignore[reportAttributeAccessIssue, reportReturnType]
 
-    def features(self, model: nn.Module, batch: Batch) -> Float[Tensor, "batch d"]:
+    def features(self, model: Model, batch: Batch) -> Float[Tensor, "batch d"]:
         """The last hidden states' mean over real tokens."""
         return mean_pooled(model, inputs_of(batch))
 
     def more_metrics(
-        self, cohort: Cohort, examples: Examples, rows: Mapping[int, Rows], found: Mapping[int, Mapping[str, float]]
-    ) -> Mapping[int, Mapping[str, float]]:
+        self, model: nn.Module, examples: Examples, rows: Rows, found: Mapping[str, float]
+    ) -> Mapping[str, float]:
         """None."""
         return {}
 
@@ -159,15 +158,14 @@ def load(model: str, label_names: Sequence[str], weights: Weights) -> Loaded:
 
 
 def answers(
-    cohort: Cohort, tokenizer: PreTrainedTokenizerBase, label_names: Sequence[str], inputs: Sequence[str], limit: int
+    model: Model, tokenizer: PreTrainedTokenizerBase, label_names: Sequence[str], inputs: Sequence[str], limit: int
 ) -> list[str]:
     """The likeliest class of each word, words being what white space divides; "…" for what is beyond the limit."""
     words = [text.split() for text in inputs]
     found = tokenize(tokenizer, words, [[0] * len(own) for own in words], limit)
-    batch = to_device(found.batch(np.arange(len(inputs))), cohort)
-    cohort.route([0] * len(inputs))
+    batch = to_device(found.batch(np.arange(len(inputs))), model.device)
     with torch.inference_mode():
-        best = cohort.model(**inputs_of(batch)).logits.argmax(-1)
+        best = model(**inputs_of(batch)).logits.argmax(-1)
     said = []
     for own, places, labels in zip(words, best, batch["labels"], strict=True):
         tags = [label_names[int(c)] for c in places[labels != IGNORED]]

@@ -16,14 +16,13 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from fedtri.adapters.bank import Cohort
 from fedtri.data import images as columns
 from fedtri.data import pool as pools
 from fedtri.data.pool import Pool, Source
 from fedtri.errors import FedtriError
 from fedtri.models.loading import Weights
 from fedtri.tasks import checkpoints, images
-from fedtri.tasks.base import Batch, Examples, Loaded, Recipe, Rows, Scores, inputs_of, to_device
+from fedtri.tasks.base import Batch, Examples, Loaded, Model, Recipe, Rows, Scores, inputs_of, to_device
 from fedtri.tasks.causal_lm import TextToContinue, tokenize
 from fedtri.tasks.dialogue import Segment, Template
 from fedtri.tasks.images import Pixels
@@ -212,31 +211,31 @@ class VisionLanguage:
     tokenizer: Any
     asking: Asking
 
-    def scores(self, cohort: Cohort, batch: Batch) -> Scores:
+    def scores(self, model: Model, batch: Batch) -> Scores:
         """Loss and hits of each sample, summed over its response's tokens."""
-        return response_scores(cohort.model, _inputs(cohort.model, batch), batch["labels"])
+        return response_scores(model, _inputs(model, batch), batch["labels"])
 
     def feature_size(self, model: nn.Module) -> int:
         """The language model's hidden size."""
         config: Any = model.config
         return config.get_text_config().hidden_size
 
-    def features(self, model: nn.Module, batch: Batch) -> Float[Tensor, "batch d"]:
+    def features(self, model: Model, batch: Batch) -> Float[Tensor, "batch d"]:
         """The last hidden states' mean over image, prompt and response."""
         return mean_pooled(model, _inputs(model, batch))
 
     def more_metrics(
-        self, cohort: Cohort, examples: Examples, rows: Mapping[int, Rows], found: Mapping[int, Mapping[str, float]]
-    ) -> Mapping[int, Mapping[str, float]]:
+        self, model: Model, examples: Examples, rows: Rows, found: Mapping[str, float]
+    ) -> Mapping[str, float]:
         """Perplexity; and the share of exact answers, where asked for."""
         assert isinstance(examples, Seen)
         seen = examples
 
         def answer(chosen: Sequence[int]) -> list[str]:
-            prompts = _inputs(cohort.model, to_device(seen.prompts(chosen), cohort))
-            return generate(cohort.model, self.tokenizer, prompts, self.asking.max_new_tokens)
+            prompts = _inputs(model, to_device(seen.prompts(chosen), model.device))
+            return generate(model, self.tokenizer, prompts, self.asking.max_new_tokens)
 
-        return self.asking.metrics(cohort, rows, found, answer, lambda row: seen.text.responses[row])
+        return self.asking.metrics(rows, found, answer, lambda row: seen.text.responses[row])
 
 
 def _inputs(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:

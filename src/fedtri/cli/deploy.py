@@ -4,18 +4,14 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-app = typer.Typer(help="Run on a real network: docs/deploy.md.", no_args_is_help=True, pretty_exceptions_enable=False)
-console = Console()
+from fedtri.cli.shared import listed, say
 
 
-@app.callback()
 def deploy() -> None:
     """Run on a real network: docs/deploy.md."""
 
 
-@app.command()
 def init(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to write; empty or new.")],
     clients: Annotated[str, typer.Option(help="The sites' names, separated by commas.")] = "site1,site2",
@@ -26,15 +22,13 @@ def init(
     """Write certificates, keys, configurations, start scripts and examples of units for a new federation."""
     from fedtri.deploy import folder as deployment
 
-    names = [[part.strip() for part in text.split(",") if part.strip()] for text in (clients, labels)]
-    server, *sites = deployment.write(folder, clients=names[0], labels=names[1], host=host, port=port)
-    _say(f"server: {server}/start, then once {server}/register, then {server}/run")
+    server, *sites = deployment.write(folder, clients=listed(clients), labels=listed(labels), host=host, port=port)
+    say(f"server: {server}/start, then once {server}/register, then {server}/run")
     for site in sites:
-        _say(f"site:   copy {site} to its machine; edit node.toml; ./check; ./start")
-    _say(f"certificates are for testing: replace {server}/server.pem, server.key and every ca.crt by your own")
+        say(f"site:   copy {site} to its machine; edit node.toml; ./check; ./start")
+    say(f"certificates are for testing: replace {server}/server.pem, server.key and every ca.crt by your own")
 
 
-@app.command()
 def check(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="The site's folder, with node.toml, key and ca.crt.")],
     federation: Annotated[Path, typer.Option(help="The federation's configuration, as the server has it.")],
@@ -46,10 +40,6 @@ def check(
     bad = 0
     for finding in looking.check(looking.Place(folder, federation, server)):
         bad += not finding.ok
-        _say(f"{'ok  ' if finding.ok else 'FAIL'}  {finding.what:<8}  {finding.said}")
+        say(f"{'ok  ' if finding.ok else 'FAIL'}  {finding.what:<8}  {finding.said}")
     if bad:
         raise typer.Exit(2)
-
-
-def _say(text: str) -> None:
-    console.print(text, highlight=False, soft_wrap=True, markup=False)

@@ -9,26 +9,26 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedtri.adapters.layout import FACTORS, Key, Layer, Layout
-from fedtri.communication import codec
+from fedtri.communication import framing
 from fedtri.errors import FedtriError
 from tiny import assert_same
 
 LAYOUT = Layout((Layer("one", 6, 5), Layer("two", 4, 6)), (("head.weight", (3, 5)),))
 SHAPES = LAYOUT.shapes(2)
 SEAL = b"run and client"
-LIMIT = codec.most_bytes(SHAPES, sketch=64)
+LIMIT = framing.most_bytes(SHAPES, sketch=64)
 OVERHEAD = 1 << 17
 """Bytes of Python objects around what is read: keys, shapes, a message, an error."""
 FOREVER = settings(max_examples=2600, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 
 
-def message(kinds: str, seed: int = 0) -> codec.Message:
+def message(kinds: str, seed: int = 0) -> framing.Message:
     drawn = torch.Generator().manual_seed(seed)
     up = {key: torch.randn(SHAPES[key], generator=drawn) for key in LAYOUT.keys(frozenset(kinds))}
-    return codec.Message("train", 3, up, 17, {"train_loss": 0.5, "accuracy": 0.25}, b"sketch" * 5)
+    return framing.Message("train", 3, up, 17, {"train_loss": 0.5, "accuracy": 0.25}, b"sketch" * 5)
 
 
-SOURCES = [codec.encode(message(kinds, i), LAYOUT, dtype, SEAL) for i, (kinds, dtype) in enumerate(
+SOURCES = [framing.encode(message(kinds, i), LAYOUT, dtype, SEAL) for i, (kinds, dtype) in enumerate(
     [("C", "float32"), ("ABH", "float32"), ("ABC", "int8"), ("AB", "float16"), ("", "float32")]
 )]  # fmt: skip
 KEYS = LAYOUT.keys(frozenset(FACTORS))
@@ -42,7 +42,7 @@ changes = st.one_of(
     st.tuples(st.just("insert"), places, st.binary(min_size=1, max_size=40)),
     st.tuples(st.just("delete"), places, st.integers(1, 60)),
     st.tuples(st.just("splice"), places, st.sampled_from(SOURCES)),
-    st.tuples(st.just("header"), st.integers(0, codec.HEADER.size + 20), st.binary(min_size=1, max_size=8)),
+    st.tuples(st.just("header"), st.integers(0, framing.HEADER.size + 20), st.binary(min_size=1, max_size=8)),
 )
 
 
@@ -68,16 +68,16 @@ def mutated(data: bytes, change: tuple) -> bytes:
 
 def signed(data: bytes) -> bytes:
     """The buffer with the checksum that belongs to it: what a sender who wants to mislead would send."""
-    head = data[: codec.HEADER.size - 8]
-    body = data[codec.HEADER.size :]
+    head = data[: framing.HEADER.size - 8]
+    body = data[framing.HEADER.size :]
     return head + hashlib.blake2b(head + b"\0" * 8 + body, digest_size=8).digest() + body
 
 
-def read(data: bytes) -> tuple[codec.Message | None, int]:
+def read(data: bytes) -> tuple[framing.Message | None, int]:
     """The message, or None where it is refused, and the most bytes that were held beyond the buffer itself."""
     tracemalloc.start()
     try:
-        return codec.decode(data, LAYOUT, SHAPES, SEAL, LIMIT), tracemalloc.get_traced_memory()[1]
+        return framing.decode(data, LAYOUT, SHAPES, SEAL, LIMIT), tracemalloc.get_traced_memory()[1]
     except FedtriError:
         return None, tracemalloc.get_traced_memory()[1]
     finally:
@@ -112,7 +112,7 @@ def test_a_buffer_signed_anew_is_refused_or_says_what_a_valid_one_may_say(source
         return
     assert all(tuple(value.shape) == SHAPES[key] for key, value in found.factors.items())
     assert list(found.factors) == [key for key in KEYS if key in found.factors]
-    again = codec.decode(codec.encode(found, LAYOUT, seal=SEAL), LAYOUT, SHAPES, SEAL)
+    again = framing.decode(framing.encode(found, LAYOUT, seal=SEAL), LAYOUT, SHAPES, SEAL)
     assert_same(again.factors, found.factors)
     assert (again.phase, again.round, again.num_examples, again.sketch) == (
         found.phase, found.round, found.num_examples, found.sketch,
@@ -121,9 +121,9 @@ def test_a_buffer_signed_anew_is_refused_or_says_what_a_valid_one_may_say(source
 
 def test_the_limit_is_what_a_full_message_needs():
     """Every tensor, metrics of every client and a sketch fit; the numbers are most of it where there are many."""
-    full = codec.encode(message("ABCH"), LAYOUT, seal=SEAL)
+    full = framing.encode(message("ABCH"), LAYOUT, seal=SEAL)
     assert len(full) <= LIMIT
     wide = Layout(tuple(Layer(f"l{i}", 384, 384) for i in range(12)), ())
     c = {key: shape for key, shape in wide.shapes(8).items() if key.factor == "C"}
-    assert codec.most_bytes(c) < 3072 + 12 * 17 + 4096 + 64
+    assert framing.most_bytes(c) < 3072 + 12 * 17 + 4096 + 64
     assert Key("l0", "C") in c

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from fedtri.errors import FedtriError
-from fedtri.runs import lifecycle
+from fedtri.runs import lifecycle, simulation
 from fedtri.storage import run_directory
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.xdist_group("network")]
@@ -21,8 +21,8 @@ def finished(lab, out: Path, **values) -> Path:
 
 def test_a_run_on_ray_ends_bit_for_bit_as_in_one_process(lab, tmp_path):
     """Two clients of four a round, with a personal copy and int8's residual, which an actor must find again."""
-    alone = finished(lab, tmp_path / "local", simulation__cohort=1)
-    spread = finished(lab, tmp_path / "ray", simulation__cohort=1, transport="flower-sim")
+    alone = finished(lab, tmp_path / "local", simulation__group=1)
+    spread = finished(lab, tmp_path / "ray", simulation__group=1, transport="flower-sim")
     lines = [run_directory.read_rounds(folder) for folder in (alone, spread)]
     assert [line["bytes"] for line in lines[0]] == [line["bytes"] for line in lines[1]]
     assert [line["accuracy"] for line in lines[0]] == [line["accuracy"] for line in lines[1]]
@@ -41,7 +41,7 @@ def test_what_fails_in_an_actor_ends_the_run_in_one_line(lab, tmp_path, monkeypa
     data = shutil.copy(lab.data, tmp_path / "data.csv")
 
     def build(*args):
-        built = build.build(*args)
+        built = simulation.build(*args)
         data.unlink()
         return built
 

@@ -1,11 +1,11 @@
 """Mixed precision: products with frozen linear layers in bfloat16, everything else, what learns too, in float32.
 
-The weights are kept in bfloat16. What a layer gives is float32 again, but where an activation alone stands between it
-and the next product, as in a transformer's feed-forward part: there it stays bfloat16, as under torch.autocast.
+A frozen layer keeps its weight in bfloat16. What it gives is float32 again, but where an activation alone stands
+between it and the next product, as in a transformer's feed-forward part: there it stays bfloat16, as under
+torch.autocast.
 """
 
 from collections.abc import Collection
-from functools import partial
 from typing import Any
 
 import torch
@@ -21,36 +21,47 @@ ROWS = 32
 oneDNN 0.6 ms, longer than the product."""
 
 
-def prepare(model: nn.Module, adapted: Collection[nn.Module]) -> None:
-    """Turn a model's linear layers to bfloat16 in place; `adapted` are those beneath an adapter.
+class Bfloat16Linear(nn.Module):
+    """A frozen nn.Linear whose product is in bfloat16."""
+
+    def __init__(self, base: nn.Linear, *, narrow: bool) -> None:
+        """`narrow`: its output stays in bfloat16; else it is float32 again."""
+        super().__init__()
+        self.in_features, self.out_features, self.narrow = base.in_features, base.out_features, narrow
+        self.weight = nn.Parameter(base.weight.detach().bfloat16(), requires_grad=False)
+        bias = None if base.bias is None else nn.Parameter(base.bias.detach().bfloat16(), requires_grad=False)
+        self.bias = bias
+
+    def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
+        flat = x.reshape(-1, x.shape[-1])
+        out = torch.bfloat16 if self.narrow else torch.float32
+        return _Product.apply(flat, self.weight, self.bias, out).view(*x.shape[:-1], -1)  # pyright: ignore
+
+
+def narrow_products(model: nn.Module, adapted: Collection[str]) -> None:
+    """Replace a model's linear layers by ones that multiply in bfloat16; `adapted` names those beneath an adapter.
 
     Raises FedtriError for a model that is not in float32.
     """
-    found = _linears(model)
-    if other := {one.weight.dtype for one in found} - {torch.float32}:
+    found = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+    if other := {one.weight.dtype for one in found.values()} - {torch.float32}:
         raise FedtriError(
             "model_options.mixed_precision: expected a model in float32, "
             f'got {str(other.pop()).removeprefix("torch.")}; set model_options.dtype = "float32", or leave it out'
         )
-    narrow = _narrow(model, set(adapted))
-    for one in found:
-        for name, value in list(one.named_parameters(recurse=False)):
-            setattr(one, name, nn.Parameter(value.detach().bfloat16(), requires_grad=False))
-        one.forward = partial(_forward, one, torch.bfloat16 if one in narrow else torch.float32)
+    narrow = _before_an_activation(model, {found[name] for name in adapted if name in found})
+    for name, module in found.items():
+        model.set_submodule(name, Bfloat16Linear(module, narrow=module in narrow))
 
 
-def _linears(module: nn.Module) -> list[nn.Linear]:
-    return [one for one in module.modules() if type(one) is nn.Linear]
-
-
-def _narrow(model: nn.Module, adapted: set[nn.Module]) -> set[nn.Module]:
+def _before_an_activation(model: nn.Module, adapted: set[nn.Linear]) -> set[nn.Linear]:
     """The layers with an activation alone between them and a product: the widest of their block, and others in it take
     that width, none of which is adapted. Attention's may be wider than what enters them, but are not the widest.
     """
-    found: set[nn.Module] = set()
+    found: set[nn.Linear] = set()
     blocks = [block for blocks in model.modules() if isinstance(blocks, nn.ModuleList) for block in blocks]
     for block in blocks:
-        linears = _linears(block)
+        linears = [one for one in block.modules() if type(one) is nn.Linear]
         wider = [one for one in linears if one.out_features > one.in_features]
         taken = {one.in_features for one in linears} & {one.out_features for one in wider}
         widest = max(taken, default=0)
@@ -80,11 +91,6 @@ def _factor(x: Float[Tensor, "n d"], dtype: torch.dtype) -> Float[Tensor, "m d"]
     filled[: len(x)].copy_(x)
     filled[len(x) :].zero_()
     return filled
-
-
-def _forward(layer: nn.Linear, out: torch.dtype, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_out"]:
-    flat = x.reshape(-1, x.shape[-1])
-    return _Product.apply(flat, layer.weight, layer.bias, out).view(*x.shape[:-1], -1)  # pyright: ignore
 
 
 class _Product(torch.autograd.Function):

@@ -24,7 +24,7 @@ def complaint(*settings: str, path=None, **flags: object) -> str:
 
 
 def test_without_a_file_the_defaults_are_the_demos_but_for_the_head():
-    demo = Path(__file__).parents[1] / "experiments" / "demo.toml"
+    demo = Path(__file__).parents[2] / "experiments" / "demo.toml"
     assert config.load(None, ["head=personal"]) == config.load(demo)
 
 

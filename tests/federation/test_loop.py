@@ -14,14 +14,15 @@ from fedtri.communication import in_process as local
 from fedtri.errors import FedtriError
 from fedtri.federation import loop
 from fedtri.federation.client import Site
-from fedtri.federation.server import Expectation
-from fedtri.messages import Answer, Reply, Request
+from fedtri.messages import Answer, Failure, Reply, Request
+from fedtri.metrics import spread
 from fedtri.runs import lifecycle
+from fedtri.state import Scales
 from tiny import assert_same, clients_tensors, effective, rounds
 
 LAYOUT = Layout((Layer("one", 3, 2),), ())
 CLIENTS = ["a", "b", "c", "d"]
-EXPECTED = Expectation(LAYOUT, dict.fromkeys(CLIENTS, 2))
+SCALES = Scales(2.0, dict.fromkeys(CLIENTS, 2))
 
 
 @dataclass
@@ -34,10 +35,10 @@ class Scripted:
     def clients(self) -> list[str]:
         return CLIENTS
 
-    def exchange(self, tasks: Sequence[Request]) -> list[Answer]:
-        """Answers in the reverse order of the tasks: 5 bytes up, 7 down."""
-        self.asked += [(task.round, task.phase, task.client) for task in tasks]
-        return [Answer(self.reply(task), 5, 7) for task in reversed(tasks)]
+    def exchange(self, requests: Sequence[Request]) -> list[Answer]:
+        """Answers in the reverse order of the requests: 5 bytes up, 7 down."""
+        self.asked += [(request.round, request.phase, request.client) for request in requests]
+        return [Answer(self.reply(request), 5, 7) for request in reversed(requests)]
 
     def reply(self, task: Request) -> Reply:
         shapes = LAYOUT.shapes(2)
@@ -51,7 +52,7 @@ class Scripted:
 
 def play(transport: Scripted, **schedule) -> list[loop.Progress]:
     method = methods.build("fedit", head="personal")
-    return list(loop.run(method, transport, EXPECTED, loop.Schedule(**schedule)))
+    return list(loop.run(method, transport, SCALES, loop.Schedule(**schedule)))
 
 
 def test_a_round_trains_then_evaluates_and_its_line_says_what_happened():
@@ -73,11 +74,14 @@ def test_a_round_trains_then_evaluates_and_its_line_says_what_happened():
 
 
 def test_worst_and_best_go_by_what_is_good():
-    assert loop.spread({"a": 1.0, "b": 3.0}) == {"mean": 2, "worst": 1, "best": 3, "clients": {"a": 1, "b": 3}}
-    low = loop.spread({"a": 1.0, "b": 3.0}, higher_is_better=False)
-    assert low is not None
-    assert (low["worst"], low["best"]) == (3, 1)
-    assert loop.spread({}) is None
+    """Seen to fail with "perplexity_personal" taken for a score of its own."""
+    values = {"a": 1.0, "b": 3.0}
+    assert spread("accuracy", values) == {"mean": 2, "worst": 1, "best": 3, "clients": values}
+    for name in ("loss", "perplexity", "perplexity_personal", "loss_local"):
+        low = spread(name, values)
+        assert low is not None
+        assert (low["worst"], low["best"]) == (3, 1)
+    assert spread("accuracy", {}) is None
 
 
 def test_a_fraction_takes_part_and_everyone_is_scored_at_the_end():
@@ -114,13 +118,13 @@ def test_everyone_is_scored_when_it_stops_early_too():
     played = play(Scripted([1, 1, 1, 1]), rounds=4, fraction=0.5, patience=1)
     assert len(played) == 2
     assert sorted(played[-1].line["accuracy"]["clients"]) == CLIENTS
-    assert played[-1].state.delivered == dict.fromkeys(CLIENTS, 2)
+    assert played[-1].state.deliveries.sent == dict.fromkeys(CLIENTS, 2)
 
 
 def test_a_stopped_history_is_not_gone_on_with():
     lines = [{"validation_loss": 1.0}, {"validation_loss": 1.0}]
     method = methods.build("fedit", head="personal")
-    assert not list(loop.run(method, Scripted(), EXPECTED, loop.Schedule(9, patience=1), history=lines))
+    assert not list(loop.run(method, Scripted(), SCALES, loop.Schedule(9, patience=1), history=lines))
 
 
 def test_without_evaluation_nobody_is_asked_for_scores_but_what_is_theirs_is_delivered_at_the_end():
@@ -137,8 +141,8 @@ def test_a_client_that_diverges_is_refused_and_the_others_round_goes_on(lab, tmp
     first = built.transport.clients()[0]
     real = local.client_update
 
-    def poisoned(site: Site, tasks: Sequence[Request]) -> list[Reply]:
-        replies = real(site, tasks)
+    def poisoned(site: Site, requests: Sequence[Request]) -> list[Reply]:
+        replies = real(site, requests)
         for i, reply in enumerate(replies):
             if reply.client == first and reply.up:
                 replies[i] = replace(reply, up={key: value * math.nan for key, value in reply.up.items()})
@@ -162,14 +166,14 @@ def test_a_newcomer_gets_a_core_before_it_has_sent_one(lab, tmp_path):
     """Half of the clients a round: who joins later is sent cores mixed by data similarity with its first task."""
     built = lab.federation(tmp_path, method="ce_lora", fraction=0.5, rounds=4, seed=3)
     down: dict[tuple[int, str], set[str]] = {}
-    exchange = built.transport.exchange
 
-    def listening(tasks: Sequence[Request]) -> list[Answer]:
-        down.update({(t.round, t.client): {k.factor for k in t.down} for t in tasks if t.phase == "train"})
-        return exchange(tasks)
+    class Listening(local.LocalTransport):
+        def exchange(self, requests: Sequence[Request]) -> list[Answer | Failure]:
+            asked = [request for request in requests if request.phase == "train"]
+            down.update({(one.round, one.client): {key.factor for key in one.down} for one in asked})
+            return super().exchange(requests)
 
-    built.transport.exchange = listening
-    played = list(rounds(built))
+    played = list(rounds(replace(built, transport=Listening(built.site, built.spec.codec))))
     joined = {client: min(round for round, c in down if c == client) for _, client in down}
     assert max(joined.values()) > 0
     for client, round in joined.items():
@@ -184,7 +188,7 @@ def test_what_a_client_trains_with_is_its_own_and_what_it_was_sent(lab, tmp_path
     state = list(rounds(built))[-1].state
     own = clients_tensors(built)
     a, b, *_ = own.values()
-    layer = built.site.cohort.layout.layers[0].name
+    layer = built.spec.layout.layers[0].name
     assert torch.equal(a[Key(layer, "A")], b[Key(layer, "A")])
     assert torch.equal(a[Key(layer, "A")], state.shared[Key(layer, "A")])
     assert not torch.equal(a[Key(layer, "B")], b[Key(layer, "B")])
@@ -196,7 +200,7 @@ def test_what_a_client_trains_with_is_its_own_and_what_it_was_sent(lab, tmp_path
 def test_a_number_type_on_the_wire_is_a_setting(dtype, lab, tmp_path):
     built = lab.federation(tmp_path, method="ce_lora", head="personal", wire__dtype=dtype, rounds=1)
     line = list(rounds(built))[-1].line
-    numbers = len(built.site.cohort.layout.layers) * 3 * 3 * (4 if dtype == "float32" else 2)
+    numbers = len(built.spec.layout.layers) * 3 * 3 * (4 if dtype == "float32" else 2)
     up = line["bytes"]["up"]
     assert all(numbers < size < numbers + 600 for size in up.values())  # two answers, each with its metrics
 
@@ -207,11 +211,11 @@ def test_client_seeds_are_of_run_round_and_client(lab, tmp_path):
     for name, seed in (("one", 1), ("again", 1), ("other", 2)):
         built = lab.federation(tmp_path / name, method="local", seed=seed, partition="iid", rounds=1)
         same = next(iter(built.site.splits.values()))
-        built.transport.site = replace(built.site, splits=dict.fromkeys(built.site.splits, same))
-        list(rounds(built))
+        site = replace(built.site, splits=dict.fromkeys(built.site.splits, same))
+        list(rounds(replace(built, transport=local.LocalTransport(site, built.spec.codec))))
         finals.append(clients_tensors(built))
     assert_same(finals[0], finals[1])
-    layer = built.site.cohort.layout.layers[0].name
+    layer = built.spec.layout.layers[0].name
     seen = [own[Key(layer, "B")] for final in (finals[0], finals[2]) for own in final.values()]
     assert len({tuple(value.flatten().tolist()) for value in seen}) == 8
 

@@ -1,6 +1,7 @@
 """Laws of checkpoints: a run killed anywhere ends as one never killed; a damaged file is noticed, never used."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -14,18 +15,18 @@ import numpy as np
 import pytest
 import torch
 
-from fedtri import config
+from fedtri import atomic, config
 from fedtri.adapters.layout import Key
 from fedtri.errors import FedtriError
 from fedtri.messages import Mixture, Sketch
 from fedtri.runs import lifecycle
-from fedtri.state import ServerState
+from fedtri.state import Deliveries, ServerState, Similarity
 from fedtri.storage import checkpoint, run_directory
-from fedtri.storage.client_store import ClientStore, write_atomic
+from fedtri.storage.client_store import ClientStore
 from tiny import Lab, assert_same
 
-WANTED = {"method": "ce_lora", "rounds": 4, "clients": 4, "steps": 6, "fraction": 0.8, "simulation__cohort": 1}
-FEDTRI = [sys.executable, "-c", "from fedtri.cli import main; main()"]
+WANTED = {"method": "ce_lora", "rounds": 4, "clients": 4, "steps": 6, "fraction": 0.8, "simulation__group": 1}
+FEDTRI = [sys.executable, "-c", "from fedtri.cli.main import main; main()"]
 
 
 def fedtri(*arguments: object) -> subprocess.Popen:
@@ -181,14 +182,15 @@ def full_state() -> ServerState:
     nothing = Sketch(np.array([0, 0], np.int32), {})
     said = {"b/é": Sketch(np.array([9, 0], np.int32), {0: Mixture(one, at, at + 1)}), "a": nothing}
     return ServerState(
-        round=7, shared=own, personal={"a": double, "b/é": own}, seen={"b/é": double}, memory={"first moment": own},
-        sketches=said, data_distance=np.array([[0, np.nan], [np.nan, 0]]), similarity={"weights": torch.eye(2)},
-        changed=dict.fromkeys(keys, 6), changed_personal={"a": 5}, delivered={"a": 7, "b/é": 0},
+        round=7, shared=own, personal={"a": double, "b/é": own}, sketches=said,
+        deliveries=Deliveries(dict.fromkeys(keys, 6), {"a": 5}, {"a": 7, "b/é": 0}),
+        own={"moments": {"first": tensors[0], "a/é": {"deep": tensors[1].double()}}, "distance": torch.eye(2) * math.nan},
+        similarity=Similarity(("b/é", "a"), {"weights": torch.eye(2)}),
     )  # fmt: skip
 
 
 def test_what_is_loaded_is_what_was_saved(tmp_path):
-    """Order of the sketches too: the distances' rows go by it. Ranks and alpha come from the configuration."""
+    """Order of the sketches too: a method's own matrices may go by it. Scales come from the configuration."""
     store, state = ClientStore(tmp_path / "clients"), full_state()
     store.save("a", state.shared, "00007-received")
     checkpoint.save(tmp_path / "checkpoints", state, store, {"round": 7, "loss": 0.25})
@@ -204,15 +206,15 @@ def test_every_field_of_the_servers_state_is_saved_or_comes_from_the_configurati
     """What `full_state` leaves at its default would not be noticed missing."""
     empty, state = ServerState(), full_state()
     same = {name for name in vars(state) if repr(getattr(state, name)) == repr(getattr(empty, name))}
-    assert same == {"ranks", "alpha"}
+    assert same == {"scales"}
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     """Seen to fail with the bytes written straight to the name they are read by."""
-    write_atomic(tmp_path / "file", b"old")
-    monkeypatch.setattr("fedtri.storage.client_store.os.fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
+    atomic.write_bytes(tmp_path / "file", b"old")
+    monkeypatch.setattr("fedtri.atomic.os.fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
-        write_atomic(tmp_path / "file", b"new and longer")
+        atomic.write_bytes(tmp_path / "file", b"new and longer")
     assert (tmp_path / "file").read_bytes() == b"old"
 
 
