@@ -11,6 +11,7 @@ def summary(
     config: Config,
     lines: Sequence[Mapping[str, Any]],
     *,
+    method: Mapping[str, Any],
     payload: int,
     clients: Mapping[str, Mapping[str, object]],
     labels: Sequence[str],
@@ -21,6 +22,7 @@ def summary(
     Args:
         config: The run's configuration.
         lines: The lines of rounds.jsonl.
+        method: The method's name and paper, as `Method.described` gives them.
         payload: The bytes of the numbers alone that one client sends in a round.
         clients: What is known of each client's data.
         labels: The names of the classes in the order of their ids.
@@ -28,7 +30,8 @@ def summary(
     """
     guesses = [float(str(about["guess"])) for about in clients.values() if about.get("guess") is not None]
     return {
-        "method": config.method,
+        "method": method["name"],
+        "paper": method["paper"],
         "model": config.model,
         "task": config.task,
         "data": config.data,

@@ -136,10 +136,30 @@ def require(path: Path) -> Path:
 
 
 def begin(
-    path: Path, config: str, *, clients: Sequence[str], labels: Sequence[str], device: str, seed: int, threads: int
+    path: Path,
+    config: str,
+    *,
+    method: Mapping[str, Any],
+    clients: Sequence[str],
+    labels: Sequence[str],
+    device: str,
+    seed: int,
+    threads: int,
 ) -> None:
-    """Write what a new run directory holds before its first round; `config` is TOML."""
+    """Write what a new run directory holds before its first round.
+
+    Args:
+        path: The folder.
+        config: The configuration, as TOML.
+        method: The method's name and paper, as `Method.described` gives them.
+        clients: The clients' names.
+        labels: The names of the classes in the order of their ids.
+        device: What the run computes on.
+        seed: The run's seed.
+        threads: How many threads a tensor operation has.
+    """
     atomic.write_json(path / "environment.json", environment(device, seed, threads))
+    atomic.write_json(path / "method.json", method)
     atomic.write_json(path / "clients.json", list(clients))
     atomic.write_json(path / "labels.json", list(labels))
     atomic.write_text(path / "config.toml", config)
