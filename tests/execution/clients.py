@@ -27,6 +27,7 @@ from fedtri.tasks.token_classification import TaggedTexts, TokenClassification
 from fedtri.tasks.causal_lm import TextToContinue
 from tiny import SIZES, VOCABULARY, tokenizer
 
+DECODERS = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gpt2", "gpt_neox")
 ENCODERS = ("bert", "roberta", "xlm-roberta", "electra", "mpnet", "distilbert")
 AUTO = {
     "classify": AutoModelForSequenceClassification,
@@ -48,10 +49,10 @@ def model(kind: str, task: str = "classify", seed: int = 0, **more: Any) -> nn.M
 
 
 def adapted(
-    kind: str, task: str = "classify", *, targets: str = "auto", layers: str = "all", model_options: Mapping = {}, **how
+    name: str, task: str = "classify", *, targets: str = "auto", layers: str = "all", model_options: Mapping = {}, **how
 ) -> AdaptedModel:
     """The same with adapters: of rank up to 4, on what "auto" adapts where nothing else is said."""
-    plain = model(kind, task, **model_options)
+    plain = model(name, task, **model_options)
     names = [] if "P" in how.get("extra", "") else loading.find_targets(plain, targets, layers)
     head = [] if task == "continue" else loading.head_layers(plain)
     return install(plain, targets=names, head=head, rank=4, **how)
