@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from fedtri.aggregation import products
+from fedtri.methods.flora_na import nearest_average
 
 Variant = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -53,7 +54,7 @@ def fedit(B: Tensor, A: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
 
 def flora_na(B: Tensor, A: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """FLoRA-NA's alternating solves."""
-    return products.nearest_average(B, A, weights)[:2]
+    return nearest_average(B, A, weights)[:2]
 
 
 def best_rank(B: Tensor, A: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:

@@ -32,7 +32,7 @@ def seconds_of(work: Work, repeats: int, cohort: int, budget: int, device: str, 
         torch.cuda.reset_peak_memory_stats()
     rounds = fedtri_rounds(
         work, device=device, model_options=PRECISIONS[precision],
-        simulation={"cohort": cohort, "token_budget": budget},
+        simulation={"group": cohort, "token_budget": budget},
     )  # fmt: skip
     found = []
     for _ in range(repeats + 1):

@@ -18,15 +18,9 @@ import numpy as np
 import torch
 
 from fedtri.messages import Mixture, Sketch
-from fedtri.similarity.distances import (
-    blend,
-    client_distance,
-    core_similarity,
-    data_distances,
-    data_similarity,
-    extend_distances,
-    row_stochastic,
-)
+from fedtri.similarity.cores import core_similarity
+from fedtri.similarity.distances import client_distance, data_distances, data_similarity, extend_distances
+from fedtri.similarity.mixing import row_stochastic
 
 LAYERS, RANK = 24, 8
 WIDTH, CLASSES, COMPONENTS = 384, 6, 3
@@ -41,7 +35,7 @@ def server_step(clients: int) -> dict[str, float]:
     for _ in range(3):
         start = time.perf_counter()
         model = core_similarity(cores, reference="init")
-        weights = blend(data, model)
+        weights = data + model
         row_stochastic(weights, out=weights)
         mixed = weights @ cores.flatten(1)  # (m, layers r r)
         seconds.append(time.perf_counter() - start)

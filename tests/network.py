@@ -233,5 +233,5 @@ def together(net: Network, path: Path) -> Path:
 def locally(config: Config, data: Path) -> Config:
     """The same run in one process, a client at a time."""
     table: Mapping[str, Any] = config.model_dump(exclude_none=True)
-    own = {"data": str(data), "partition": "natural:site", "simulation": {"cohort": 1}}
+    own = {"data": str(data), "partition": "natural:site", "simulation": {"group": 1}}
     return configuration.validated({**table, **own})

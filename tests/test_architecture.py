@@ -1,9 +1,12 @@
 """What the design promises of the imports, beside the layers that import-linter checks in `make check`."""
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ import fedtri
 from fedtri.methods import METHODS
 
 ROOT = Path(fedtri.__file__).parent
+PROJECT = Path(__file__).parents[1] / "pyproject.toml"
 FILES = sorted(ROOT.rglob("*.py"))
 HEAVY = ("torch", "transformers", "sklearn", "ot", "datasets", "peft", "flwr")
 
@@ -40,7 +44,34 @@ def test_what_needs_no_model_loads_no_model_library(module):
 def test_flower_is_imported_by_its_transport_alone():
     """And by its app, which lives under deploy/."""
     users = {str(path.relative_to(ROOT)) for path in FILES if any(is_of(m, ("flwr",)) for m in imported(path))}
-    assert all(name.startswith("transport/flower") for name in users)
+    assert users
+    assert all(name.startswith("communication/flower") for name in users)
+
+
+def plain(distribution: str) -> str:
+    """A distribution's name as package indexes compare them."""
+    return re.sub(r"[-_.]+", "-", distribution).lower()
+
+
+def third_party(path: Path) -> Iterator[str]:
+    """The top-level modules of other projects that a file imports, `import_module("...")` included."""
+    names = set(imported(path))
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "import_module":
+            names |= {arg.value for arg in node.args if isinstance(arg, ast.Constant)}
+    tops = {name.split(".")[0] for name in names}
+    yield from sorted(tops - set(sys.stdlib_module_names) - {"fedtri"})
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_what_is_imported_is_declared(path):
+    """In the dependencies or an extra of pyproject.toml; seen to fail for cryptography, httpx, pyarrow and jinja2."""
+    project = tomllib.loads(PROJECT.read_text())["project"]
+    extras = [asked for name, asked in project["optional-dependencies"].items() if name != "dev"]
+    declared = {plain(re.split(r"[^\w.-]", one)[0]) for asked in (project["dependencies"], *extras) for one in asked}
+    owners = packages_distributions()
+    for module in third_party(path):
+        assert declared & {plain(owner) for owner in owners.get(module, [module])}, f"{path}: {module} is not declared"
 
 
 def test_the_report_imports_no_torch():
@@ -54,6 +85,9 @@ def test_nothing_is_ever_unpickled():
         assert not any(is_of(module, ("pickle", "dill", "cloudpickle", "joblib", "shelve")) for module in modules), path
         calls = [ast.unparse(node.func) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
         assert not {"torch.load", "torch.save", "eval", "exec"} & set(calls), path
+        if any(module.startswith("multiprocessing.connection") for module in modules):
+            # a connection's send and recv pickle; send_bytes and recv_bytes do not
+            assert not [call for call in calls if call.endswith((".send", ".recv"))], path
 
 
 def test_no_global_random_numbers():

@@ -308,20 +308,20 @@ def test_the_live_display_counts_rounds_clients_steps_loss_accuracy_and_bytes():
         "bytes": {"up": {"a": 1000}, "down": {"a": 500}}, "seconds": {"train": 1.0},
     }  # fmt: skip
     screen = Console(force_terminal=True, width=80, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
-    loaded = fedtri.load_config(None, ["rounds=2", "steps=4", "simulation.cohort=2"])
+    loaded = fedtri.load_config(None, ["rounds=2", "steps=4"])
     with display.display(screen, loaded) as shown:
         bar = shown.progress.tasks[0]  # pyright: ignore[reportAttributeAccessIssue]
         shown.phase(0, "train", ["a", "b", "c", "d"])
-        for number in range(1, 5):  # the two of the first cohort, one ahead of the other
-            shown.step(1, number, 0.7)
+        for number in range(1, 5):  # the two of the first group, one ahead of the other
+            shown.step("b", number, 0.7)
         first = bar.completed
         for number in range(1, 5):
-            shown.step(0, number, 0.9)
+            shown.step("a", number, 0.9)
         assert bar.completed > first
         assert bar.fields["status"] == "client 2/4  step 4/4  loss 0.900"
         first = bar.completed
-        shown.step(1, 1, 0.8)  # the second cohort
-        assert bar.fields["status"] == "client 4/4  step 1/4  loss 0.800"
+        shown.step("d", 1, 0.8)  # the second group
+        assert bar.fields["status"] == "client 3/4  step 1/4  loss 0.800"
         assert 0 < first < bar.completed < 1
         shown.round(line)
         assert bar.completed == 1
@@ -338,7 +338,7 @@ def _hear_interrupts() -> None:
 
 @pytest.mark.slow
 def test_ctrl_c_and_a_second_run_on_the_same_folder_for_real(lab, tiny, tmp_path):
-    fedtri_command = [sys.executable, "-c", "from fedtri.cli import main; main()"]
+    fedtri_command = [sys.executable, "-c", "from fedtri.cli.main import main; main()"]
     args = ["run", *map(str, tiny), "--rounds", "100000", "--out", str(tmp_path / "run")]
     running = subprocess.Popen(
         [*fedtri_command, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

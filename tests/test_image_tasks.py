@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from fedtri.adapters.bank import Cohort
 from peft import PeftModel
 from PIL import Image
 from transformers import (
@@ -17,7 +18,6 @@ from transformers import (
 )
 
 from fedtri import tasks
-from fedtri.adapters.bank import Cohort
 from fedtri.errors import FedtriError
 from fedtri.execution import train
 from fedtri.methods import METHODS
@@ -74,8 +74,8 @@ def test_a_cohort_gives_each_client_what_it_gets_alone(method, task, lab, tmp_pa
     """In float64, sharing passes as on a GPU. Seen to fail with the first client's factors for all of a pass."""
     monkeypatch.setattr(Cohort, "together", property(lambda self: True))
     common = {**kind(lab, task), "method": method, "double": True, "partition": "dirichlet:0.5"}
-    together = lab.federation(tmp_path / "a", simulation__cohort=0, simulation__token_budget=50, **common)
-    alone = lab.federation(tmp_path / "b", simulation__cohort=1, **common)
+    together = lab.federation(tmp_path / "a", simulation__group=0, simulation__token_budget=50, **common)
+    alone = lab.federation(tmp_path / "b", simulation__group=1, **common)
     a, b = ([progress.line for progress in rounds(built)] for built in (together, alone))
     assert_same(clients_tensors(together), clients_tensors(alone), atol=1e-9, rtol=0)
     for line, other in zip(a, b, strict=True):

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from fedtri.adapters.bank import Cohort
+
 from fedtri.communication import codec
 from fedtri.config import Config
 from fedtri.federation import client, server
@@ -165,7 +165,7 @@ ALONE = {
     "sizes": {"partition": "dirichlet:0.3", "steps": 4},
     "no clipping": {"optimizer__clip": False},
     "budget of one": {"simulation__token_budget": 1, "steps": 1},
-    "cohorts of three": {"simulation__cohort": 3},
+    "cohorts of three": {"simulation__group": 3},
     "schedule": {"epochs": 1.5, "steps": None, "optimizer__schedule": "linear", "optimizer__warmup": 2},
 }  # fmt: skip
 CLOSELY = [(name, needs, how) for name, needs in LAWFUL for how in (ALONE if name in MAIN else ["all at once"])]
@@ -176,8 +176,8 @@ def test_a_cohort_gives_each_client_what_it_gets_alone(method, needs, how, lab, 
     """Seen to fail with a loss that is the mean over the pooled batch, with one norm clipped for the whole cohort,
     with a client that is done stepping on with the others, and with factors picked by position, not by slot."""
     common = {"rounds": 2, "method": method, "double": True, "partition": "dirichlet:0.5", **needs, **ALONE[how]}
-    together = lab.federation(tmp_path / "together", **({"simulation__cohort": 0} | common))
-    alone = lab.federation(tmp_path / "alone", **(common | {"simulation__cohort": 1, "simulation__token_budget": 2048}))
+    together = lab.federation(tmp_path / "together", **({"simulation__group": 0} | common))
+    alone = lab.federation(tmp_path / "alone", **(common | {"simulation__group": 1, "simulation__token_budget": 2048}))
     assert alone.site.cohort.clients == 1
     assert together.site.cohort.clients > 1 or "P" in together.method.extra
     a, b = ([(p.state, p.line) for p in rounds(built)] for built in (together, alone))
@@ -192,8 +192,8 @@ def test_a_cohort_gives_each_client_what_it_gets_alone(method, needs, how, lab, 
 def test_in_float32_it_is_so_but_for_rounding(method, lab, tmp_path):
     """Within 1e-4 of each tensor's norm after two rounds, as the guide says. Seen to fail at 1e-9."""
     common = {"rounds": 2, "method": method, "partition": "dirichlet:0.5", **ALONE["all at once"]}
-    together = lab.federation(tmp_path / "together", **(common | {"simulation__cohort": 0}))
-    alone = lab.federation(tmp_path / "alone", **(common | {"simulation__cohort": 1, "simulation__token_budget": 2048}))
+    together = lab.federation(tmp_path / "together", **(common | {"simulation__group": 0}))
+    alone = lab.federation(tmp_path / "alone", **(common | {"simulation__group": 1, "simulation__token_budget": 2048}))
     for built in (together, alone):
         list(rounds(built))
     found, expected = clients_tensors(together), clients_tensors(alone)

@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 import torch
+from fedtri.adapters.bank import Cohort
 from peft import PeftModel
 from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification, AutoTokenizer
 
-from fedtri.adapters.bank import Cohort
 from fedtri.adapters.layout import Key
 from fedtri.errors import FedtriError
 from fedtri.methods import METHODS, build
@@ -50,8 +50,8 @@ def test_a_cohort_gives_each_client_what_it_gets_alone(method, values, lab, tmp_
     """In float64, in passes that clients share. Seen to fail with one client's classes shut for all."""
     monkeypatch.setattr(Cohort, "together", property(lambda self: True))
     common = {**values, "method": method, "double": True}
-    together = lab.federation(tmp_path / "a", simulation__cohort=0, **common)
-    alone = lab.federation(tmp_path / "b", simulation__cohort=1, **common)
+    together = lab.federation(tmp_path / "a", simulation__group=0, **common)
+    alone = lab.federation(tmp_path / "b", simulation__group=1, **common)
     for built in (together, alone):
         list(rounds(built))
     assert_same(clients_tensors(together), clients_tensors(alone), atol=1e-9, rtol=0)

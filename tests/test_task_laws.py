@@ -67,9 +67,9 @@ def test_a_cohort_gives_each_client_what_it_gets_alone(of, values, lab, tmp_path
     """Seen to fail with a loss that is the mean over the pooled batch's tokens, and with a recomputation that is not
     routed as the forward pass was."""
     common = {"of": of, "double": True, "partition": "iid", "epochs": 1.0, "steps": None, "batch_size": 6, **values}
-    together = lab.federation(tmp_path / "together", **common, simulation__cohort=0, simulation__token_budget=40)
+    together = lab.federation(tmp_path / "together", **common, simulation__group=0, simulation__token_budget=40)
     other = {name: value for name, value in common.items() if "checkpointing" not in name}
-    alone = lab.federation(tmp_path / "alone", **other, simulation__cohort=1, simulation__token_budget=2048)
+    alone = lab.federation(tmp_path / "alone", **other, simulation__group=1, simulation__token_budget=2048)
     for built in (together, alone):
         list(rounds(built))
     assert_same(clients_tensors(together), clients_tensors(alone), atol=1e-9, rtol=0)

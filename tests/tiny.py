@@ -34,6 +34,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 from fedtri import config
 from fedtri.adapters.factors import effective_update
 from fedtri.adapters.layout import Factors, Key
+from fedtri.execution.executor import Scoring
 from fedtri.federation import loop
 from fedtri.methods import METHODS
 from fedtri.runs import simulation
@@ -325,7 +326,7 @@ class Lab:
         values |= {"wire__dtype": "float64"} if double else {}
         built = simulation.build(getattr(self, of)(**values), ClientStore(store))
         if double:
-            built.site.cohort.model.double()
+            built.opened.adapted.model.double()
         return built
 
 
@@ -352,23 +353,24 @@ LAWFUL: list[tuple[str, dict[str, Any]]] = [(name, NEEDS.get(name, {})) for name
 
 def rounds(built: simulation.Federation, **changes: Any) -> Iterator[loop.Progress]:
     """The federation's rounds, without a run directory."""
-    schedule = replace(built.schedule, **changes)
-    return loop.run(built.method, built.transport, built.expected, schedule)
+    schedule = replace(built.spec.schedule, **changes)
+    return loop.run(built.method, built.transport, built.spec.scales, schedule)
 
 
 def clients_tensors(built: simulation.Federation) -> dict[str, Factors]:
     """What each client holds on its own disk."""
     site = built.site
-    return {c: site.store.load(c) or site.initial(c) for c in built.transport.clients()}
+    return {client: site.kept(client) for client in built.transport.clients()}
 
 
 def training_loss(built: simulation.Federation) -> float:
     """The clients' mean loss on their own training examples, with what each holds now."""
-    site, losses = built.site, []
-    for client, factors in clients_tensors(built).items():
-        site.put(0, client, factors)
-        found = train.evaluate(site.cohort, site.task, site.examples, {0: site.splits[client].train})
-        losses.append(found[0]["loss"])
+    site = built.site
+    work = [
+        Scoring(site.model(client, factors), site.splits[client].train, further=False)
+        for client, factors in clients_tensors(built).items()
+    ]
+    losses = [scores["loss"] for scores in site.executor.evaluate(work)]
     return sum(losses) / len(losses)
 
 

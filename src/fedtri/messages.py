@@ -2,15 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from fedtri.adapters.layout import Factors
+from fedtri.metrics import Phase
 
-POOLED = "pooled"
-"""The pseudo-client that holds everyone's training data, where a method asks for one."""
+POOLED = "(pooled)"
+"""The pseudo-client that holds everyone's training data, where a method asks for one. No client can have this name:
+a natural client's has every bracket as %28 and %29, a network's takes letters, digits, ".", "_" and "-"."""
 
 
 @dataclass(frozen=True)
@@ -24,20 +26,17 @@ class Mixture:
 
 @dataclass(frozen=True)
 class Sketch:
-    """What a client says about its data, once: class counts, and a mixture of features for each class large enough."""
+    """A summary of a client's data, sent once: class counts, and a mixture of features for each large enough class."""
 
     counts: Int[np.ndarray, "classes"]
     mixtures: Mapping[int, Mixture]
 
 
-Phase = Literal["sketch", "train", "evaluate"]
-
-
 @dataclass(frozen=True)
 class Request:
-    """What the server asks of one client: a phase of a round, and the factors coming down with it.
+    """What the server asks of one client: a phase of a round, and the factors that it sends down.
 
-    Plan and seed do not travel: both ends derive them from the method, the run's seed, the round and the client.
+    Plan and seed do not travel. Both ends derive them from the method, the run's seed, the round and the client.
     """
 
     phase: Phase
@@ -48,7 +47,10 @@ class Request:
 
 @dataclass(frozen=True)
 class Reply:
-    """What a client answers: the factors going up, how many training examples it has, metrics, once a sketch."""
+    """What a client answers: the factors that it sends up, its number of training examples, its metrics.
+
+    The reply to a "sketch" request also holds a sketch.
+    """
 
     client: str
     round: int
@@ -60,36 +62,38 @@ class Reply:
 
 @dataclass(frozen=True)
 class Answer:
-    """A reply as it came off the wire, with the bytes that were really encoded for it in both directions."""
+    """A decoded reply, with the bytes that were encoded: `up` for the reply, `down` for the request."""
 
     reply: Reply
     up: int
     down: int
     seconds: float | None = None
-    """From sending the task to reading the reply, where that is measured."""
+    """From sending the request to reading the reply, where that is measured."""
     retries: int = 0
     """How often the client had to be asked again."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A client that was asked and has no usable answer, and why, in one line that names it."""
+    """A client that was asked but gave no usable answer. `reason` is one line that names the client."""
 
     client: str
     reason: str
     refused: bool = False
-    """Whether it did answer, with what cannot be accepted; else it is late, gone, or said that it failed."""
+    """True: the client answered, but the answer cannot be used. False: it is late, gone, or said that it failed."""
     retries: int = 0
 
 
 @runtime_checkable
 class Transport(Protocol):
-    """Carries tasks to clients and replies back; both directions pass through the wire format."""
+    """Carries requests to clients and replies back; both directions pass through the codec, which checks them."""
 
     def clients(self) -> list[str]:
         """The ids of the clients that can be asked now, sorted; on a network it waits until there are enough."""
         ...
 
-    def exchange(self, tasks: Sequence[Request]) -> Sequence[Answer | Failure]:
-        """Ask every task's client; answers in any order, and a failure where there is none or one too many."""
+    def exchange(self, requests: Sequence[Request]) -> Sequence[Answer | Failure]:
+        """Ask the client of every request. Answers, which can be used, come in any order; each request that brings none
+        gives a failure, and so does a further answer to one request.
+        """
         ...

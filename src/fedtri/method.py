@@ -1,4 +1,4 @@
-"""What a method is: what travels in each round, how a client trains, and what the server makes of the replies."""
+"""Defines a method: what travels in each round, how a client trains, and how the server combines the replies."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,25 +17,26 @@ class Paper:
     title: str = ""
     year: int | None = None
     link: str = ""
-    """A URL, as https://arxiv.org/abs/2305.05644; empty for baselines that no paper introduced."""
+    """A URL such as https://arxiv.org/abs/2305.05644; empty for a baseline that no paper introduced."""
 
 
 @dataclass(frozen=True)
 class Plan:
     """What learns, what goes up and what comes down in one round.
 
-    Of `down`, a client is sent what changed since it was last sent anything: RoLoRA changes one factor a round.
+    A client is sent only those tensors of `down` that changed since it was last sent anything. RoLoRA, for example,
+    changes one factor a round.
     """
 
     train: frozenset[str]
     up: frozenset[str]
     down: frozenset[str]
     pooled: bool = False
-    """Whether one pseudo-client trains on everyone's data in place of the clients: in simulation only."""
+    """Whether one pseudo-client trains on all clients' data, instead of the clients. Possible in simulation only."""
 
     @staticmethod
     def of(train: str, up: str = "", down: str = "", *, pooled: bool = False) -> "Plan":
-        """`Plan.of("ABH", up="A", down="A")`: one letter a factor."""
+        """A plan from strings with one letter for each factor: `Plan.of("ABH", up="A", down="A")`."""
         return Plan(frozenset(train), frozenset(up), frozenset(down), pooled)
 
 
@@ -46,18 +47,21 @@ class AdapterSpec:
     basis: Literal["kaiming", "orthonormal"] = "kaiming"
     """How the initial A (and, for "orthonormal", B) is drawn from the run's seed."""
     extra: str = ""
-    """Factors beside A, C, B and H, of S, M, W, a and b; "P" for a method that trains the model itself."""
+    """Factors that the method has besides A, C, B and H: letters of S, M, W, a, b. "P": it trains the model itself."""
     heads: int = 1
-    """Blocks on the diagonal of C."""
+    """The number of blocks on the diagonal of C."""
     kinds: tuple[str, ...] = ("lora",)
     """The kinds of adapter that the method is defined for: lora, dora, hira."""
     mixed_ranks: bool = False
     """Whether clients may differ in rank."""
+    personal_copy: bool = False
+    """Whether a client keeps a second adapter and head at home, under `LocalRound.remember("personal", …)`, and reports
+    its scores as NAME_personal."""
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What local training made of one client's tensors, and its mean loss over the steps."""
+    """One client's tensors after local training, and its mean loss over the steps."""
 
     factors: Factors
     loss: float
@@ -65,25 +69,42 @@ class Trained:
 
 @dataclass(frozen=True)
 class Update:
-    """What one client's local update ends with."""
+    """The result of one client's local update."""
 
     kept: Factors
-    """All of the client's own tensors from now on."""
+    """All tensors that the client keeps for the next round."""
     metrics: Mapping[str, float]
     """What the client reports: "train_loss", and its scores after training."""
     sent: Factors | None = None
-    """The tensors of which the plan's `up` leaves home; None: those that are kept."""
+    """The tensors from which the plan's `up` is sent; None: from those that are kept."""
 
 
 @runtime_checkable
 class LocalRound(Protocol):
-    """One round at home, of one client or of several that share a backbone. Lists run over `clients`, in order."""
+    """One round at the clients' side, for one client or for several that share a backbone.
 
-    round: int
-    plan: Plan
-    clients: Sequence[str]
-    received: Sequence[Factors]
-    """What each client starts the round with: its own tensors, with what came down over them."""
+    Every list has one item for each of `clients`, in their order.
+    """
+
+    @property
+    def round(self) -> int:
+        """The round, counted from 0."""
+        ...
+
+    @property
+    def plan(self) -> Plan:
+        """The method's plan of this round."""
+        ...
+
+    @property
+    def clients(self) -> Sequence[str]:
+        """The clients that train here in this round."""
+        ...
+
+    @property
+    def received(self) -> Sequence[Factors]:
+        """What each client starts the round with: its own tensors, with what came down over them."""
+        ...
 
     def train(
         self,
@@ -94,40 +115,48 @@ class LocalRound(Protocol):
         towards: Sequence[Factors] | None = None,
         purpose: str = "",
     ) -> list[Trained]:
-        """The configuration's steps of AdamW from `start`, on what the plan lets learn.
+        """Train each client from `start` by AdamW, for as many steps as the configuration says.
 
         Args:
             start: Each client's tensors before the first step.
-            learns: The factors that learn, where these are not the plan's.
+            learns: The factors that learn; None: those of the plan.
             proximal: μ of μ/2 ‖θ − towards‖², added to each client's loss over the factors that learn.
             towards: What the proximal term pulls to; None: `start`.
             purpose: Minibatches are drawn from the run's seed, the round, the client and this word.
+                A second training in a round sees other minibatches if it gives another word.
         """
         ...
 
     def evaluate(self, factors: Sequence[Factors]) -> list[dict[str, float]]:
-        """Each client's scores on its own test (and validation) split; empty where the run does not score here."""
+        """Each client's scores on its own test (and validation) split; empty if this round is not scored."""
         ...
 
     def memory(self, name: str) -> list[Factors | None]:
-        """What each client put aside under this name in an earlier round; None where it never did."""
+        """What each client stored under this name in an earlier round; None for a client that stored nothing."""
         ...
 
     def remember(self, name: str, factors: Sequence[Factors]) -> None:
-        """Put tensors aside on each client's own disk, for a later round."""
+        """Store tensors under this name on each client's own disk, for a later round."""
         ...
 
 
 Aggregate = Callable[[ServerState, Sequence[Reply]], ServerState]
-"""(state whose round is the one that closes, replies in the clients' order) to the next state; pure."""
+"""(state, replies in the clients' order) to the next state. A pure function. `state.round` is the round that closes."""
 LocalUpdate = Callable[[LocalRound], Sequence[Update]]
+"""(one round of some clients) to one Update for each client, in their order."""
 Receive = Callable[[Factors, Factors, Callable[[], Factors]], Factors]
-"""(the client's own tensors, what came down, a fresh draw of A, C and B for this round) to what it holds now."""
+"""(the client's own tensors, what came down, a function that draws fresh A, C and B) to the tensors it starts from."""
 Welcome = Callable[[ServerState], ServerState]
+"""(state with new sketches) to the next state. A pure function."""
 
 
 def train_steps(local: LocalRound, *, proximal: float = 0.0) -> list[Update]:
-    """The default local update: train from what was received, then score what came of it."""
+    """The default local update: train from what was received, then score the result.
+
+    Args:
+        local: The round of these clients.
+        proximal: μ of the proximal term μ/2 ‖θ − received‖²; 0: none.
+    """
     trained = local.train(local.received, proximal=proximal)
     scores = local.evaluate([one.factors for one in trained])
     return [
@@ -136,7 +165,10 @@ def train_steps(local: LocalRound, *, proximal: float = 0.0) -> list[Update]:
 
 
 def overwrite(own: Factors, down: Factors, fresh: Callable[[], Factors]) -> Factors:
-    """The default way to receive: what came down replaces the client's own tensors of the same key."""
+    """The default way to receive: what came down replaces the client's own tensors of the same key.
+
+    `fresh` draws this round's fresh A, C and B; the default does not use it.
+    """
     return {**own, **down}
 
 
@@ -144,18 +176,19 @@ def overwrite(own: Factors, down: Factors, fresh: Callable[[], Factors]) -> Fact
 class Method:
     """A federated method.
 
-    A third party's method is a function with keyword-only options that returns one of these; see CONTRIBUTING.md.
+    A method is written as a function with keyword-only options that returns a Method. It may stand outside the package:
+    see CONTRIBUTING.md.
     """
 
     name: str
     paper: Paper
     plan: Callable[[int], Plan]
-    """What learns and travels in a round, counted from 0."""
+    """(round, counted from 0) to what learns and travels in it."""
     aggregate: Aggregate
     local_update: LocalUpdate = train_steps
     receive: Receive = overwrite
     adapter: AdapterSpec = AdapterSpec()
     welcome: Welcome | None = None
-    """Given: clients send a sketch of their data when they first take part, and this is called when sketches came."""
+    """If given, clients send a sketch when they first take part; then this is called with the new state."""
     averages: bool = False
-    """Whether what the server shares is a plain weighted mean, so that a server optimiser may follow its direction."""
+    """Whether the server shares a plain weighted mean. Only then may a server optimiser follow it."""

@@ -1,4 +1,4 @@
-"""All the server knows after a round; never mutated."""
+"""All that the server knows after a round. It is never mutated."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -10,19 +10,19 @@ from torch import Tensor
 from fedtri.adapters.layout import Factors, Key
 from fedtri.messages import Reply, Sketch
 
-Tree = Mapping[str, "Tree | Tensor"]
+Tree = Mapping[str, Any]
 """Tensors under names, and such mappings under names."""
 
 
 @dataclass(frozen=True)
 class Scales:
-    """Every client's rank and scale s = alpha / rank: from the configuration, never from a client's word."""
+    """Every client's rank and scale s = alpha / rank. They come from the configuration; a client cannot set them."""
 
     alpha: float = 1.0
     ranks: Mapping[str, int] = field(default_factory=dict)
 
     def of(self, reply: Reply) -> float:
-        """s_k = alpha / rank_k of the client that sent this (accepted) reply; 1 where there is no adapter."""
+        """s_k = alpha / rank_k of the client that sent this reply; 1 without an adapter. The reply has been checked."""
         rank = next((value.shape[0] for key, value in reply.up.items() if key.factor in "AC"), None)
         rank = self.ranks.get(reply.client, rank)
         return 1.0 if rank is None else self.alpha / rank
@@ -30,13 +30,14 @@ class Scales:
 
 @dataclass(frozen=True)
 class Deliveries:
-    """When what comes down last changed, and up to which round each client has been sent what is its own."""
+    """When each tensor that is sent down last changed, and when each client was last sent anything."""
 
     shared: Mapping[Key, int] = field(default_factory=dict)
     """The round in which each shared tensor last changed."""
     personal: Mapping[str, int] = field(default_factory=dict)
     """The round in which each client's personal tensors last changed."""
     sent: Mapping[str, int] = field(default_factory=dict)
+    """The round of the last state that each client was sent."""
 
 
 @dataclass(frozen=True)
@@ -50,19 +51,19 @@ class Similarity:
 
 @dataclass(frozen=True)
 class ServerState:
-    """All the server knows after `round` rounds; never mutated."""
+    """All that the server knows after `round` rounds. It is never mutated."""
 
     round: int = 0
     shared: Factors = field(default_factory=dict)
-    """What everyone is sent; where ranks differ, of the largest rank and its scale, cut to size on the way down."""
+    """What every client is sent, at the largest rank and its scale. A client of smaller rank is sent it truncated."""
     personal: Mapping[str, Factors] = field(default_factory=dict)
-    """What one client is sent, over what is shared."""
+    """What only one client is sent. It replaces shared tensors of the same key."""
     deliveries: Deliveries = Deliveries()
     sketches: Mapping[str, Sketch] = field(default_factory=dict)
     own: Tree = field(default_factory=dict)
-    """The method's own state, as it likes; it is kept in checkpoints and never sent."""
+    """The method's own state. Checkpoints keep it; it is never sent."""
     similarity: Similarity | None = None
-    """What the method found in this round of how alike clients are, for the log and the report."""
+    """How similar the clients are, as the method found in this round; for the log and the report."""
     scales: Scales = Scales()
 
     def with_(self, **changes: Any) -> "ServerState":

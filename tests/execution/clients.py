@@ -19,12 +19,11 @@ from fedtri.adapters.model import AdaptedModel, install
 from fedtri.execution import build as executors
 from fedtri.execution.executor import ClientModel, Executor, Optimization, Scoring, Training
 from fedtri.models import loading
-from fedtri.tasks.causal_lm import CausalLM
+from fedtri.tasks.causal_lm import CausalLM, TextToContinue
 from fedtri.tasks.ragged import Ragged
 from fedtri.tasks.responses import IGNORED, Asking
 from fedtri.tasks.text_classification import TextClassification, TextExamples
 from fedtri.tasks.token_classification import TaggedTexts, TokenClassification
-from fedtri.tasks.causal_lm import TextToContinue
 from tiny import SIZES, VOCABULARY, tokenizer
 
 DECODERS = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gpt2", "gpt_neox")

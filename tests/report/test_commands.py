@@ -9,7 +9,7 @@ from report import synthetic
 
 
 def fedtri(*words: object) -> subprocess.CompletedProcess[str]:
-    code = "from fedtri.cli import main; main()"
+    code = "from fedtri.cli.main import main; main()"
     return subprocess.run(
         [sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True, timeout=120, check=False
     )

@@ -6,7 +6,6 @@ adapter adds s · b a x. `adapt` is the one place that says all this.
 """
 
 import math
-
 from dataclasses import dataclass
 from typing import Literal
 

@@ -197,9 +197,7 @@ def read(adapted: AdaptedModel, kinds: frozenset[str]) -> dict[Key, Tensor]:
     return {key: value.detach().cpu().clone() for key, value in parameters(adapted, kinds).items()}
 
 
-def adapter(
-    adapted: AdaptedModel, factors: Factors, *, rank: int, alpha: float, classes: Classes = None
-) -> Adapter:
+def adapter(adapted: AdaptedModel, factors: Factors, *, rank: int, alpha: float, classes: Classes = None) -> Adapter:
     """One client's tensors by layer, for forward passes in which several clients share the model's frozen weights.
 
     Tensors that are where the model is and of the number type that learns there are taken as they are, not copied: a

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from fedtri.adapters.layout import Key
-from fedtri.aggregation import means, products
+from fedtri.aggregation import means, pairs, products
 from fedtri.messages import Reply
 from fedtri.state import ServerState
 
@@ -27,7 +27,7 @@ def rho(before: ServerState, after: ServerState, replies: Sequence[Reply]) -> di
     exact: dict[str, float] = {}
     best: dict[str, float] = {}
     weights = means.example_weights(replies)
-    for group in means.pairs(after, sorted(replies, key=lambda reply: reply.client)):
+    for group in pairs.pairs(after, sorted(replies, key=lambda reply: reply.client)):
         if group.B.shape[1] * group.B.shape[3] > LARGEST:
             continue
         B, A = _sent(before, after, group)
@@ -47,7 +47,7 @@ def logged(before: ServerState, after: ServerState, replies: Sequence[Reply]) ->
     return {"rho": found} if found else {}
 
 
-def _sent(before: ServerState, after: ServerState, group: means.Pairs) -> means.Pair:
+def _sent(before: ServerState, after: ServerState, group: pairs.Pairs) -> pairs.Pair:
     """What is sent down in the units of the group's scale, as one B and A a layer: the shared pair, and W's growth."""
     left = [group.B.new_zeros(len(group.layers), group.B.shape[2], 0)]
     right = [group.A.new_zeros(len(group.layers), 0, group.A.shape[3])]
@@ -63,7 +63,7 @@ def _sent(before: ServerState, after: ServerState, group: means.Pairs) -> means.
     return torch.cat(left, 2), torch.cat(right, 1)
 
 
-def _by_layer(group: means.Pairs, values: torch.Tensor) -> dict[str, float]:
+def _by_layer(group: pairs.Pairs, values: torch.Tensor) -> dict[str, float]:
     """Six digits of each; a layer where M is zero, so that ρ is not finite, is left out."""
     found = zip(group.layers, values.tolist(), strict=True)
     return {layer: float(f"{value:.6g}") for layer, value in found if math.isfinite(value)}

@@ -5,7 +5,7 @@
 averaged for the first time has no Δ yet, as the server never held what clients started from: it is shared as it is.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -28,8 +28,7 @@ def optimizer(name: str, *, learning_rate: float, betas: tuple[float, float]) ->
 
     def step(before: ServerState, after: ServerState) -> ServerState:
         kept = before.own.get(MOMENTS, {})
-        assert isinstance(kept, Mapping)
-        memory: dict[str, dict[str, Tensor]] = {kind: dict(kept.get(kind, {})) for kind in ("first", "second")}  # pyright: ignore
+        memory: dict[str, dict[str, Tensor]] = {kind: dict(kept.get(kind, {})) for kind in ("first", "second")}
         shared: dict[Key, Tensor] = dict(after.shared)
         for key, changed in after.deliveries.shared.items():
             if changed != after.round or key not in before.shared:

@@ -11,20 +11,22 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from fedtri.config import Config
+from fedtri.metrics import Phase
 
-PHASES = {"sketch": (0.0, 0.1), "train": (0.1, 0.8), "evaluate": (0.8, 1.0)}
+SHARES: dict[Phase, tuple[float, float]] = {"sketch": (0.0, 0.1), "train": (0.1, 0.8), "evaluate": (0.8, 1.0)}
 """From where to where a phase takes the bar, as shares of a round."""
+WORDS: dict[Phase, str] = {"sketch": "sketching", "train": "training", "evaluate": "evaluating"}
 
 
 class Display(Protocol):
     """Hears of phases, steps and rounds."""
 
-    def phase(self, round: int, phase: str, clients: Sequence[str]) -> None:
+    def phase(self, round: int, phase: Phase, clients: Sequence[str]) -> None:
         """A phase of a round (counted from 0) begins with these clients."""
         ...
 
-    def step(self, slot: int, step: int, loss: float) -> None:
-        """A client of the cohort took a step; the loss of its minibatch."""
+    def step(self, client: str, step: int, loss: float) -> None:
+        """A client has taken a step (counted from 1), whose minibatch had this loss."""
         ...
 
     def round(self, line: Mapping[str, Any]) -> None:
@@ -67,11 +69,11 @@ class _Plain:
         self.console, self.rounds, self.start = console, rounds, start
         self.began = time.monotonic()
 
-    def phase(self, round: int, phase: str, clients: Sequence[str]) -> None:
+    def phase(self, round: int, phase: Phase, clients: Sequence[str]) -> None:
         if phase == "sketch":
             self.console.print(f"sketching the data of {len(clients)} clients", highlight=False)
 
-    def step(self, slot: int, step: int, loss: float) -> None:
+    def step(self, client: str, step: int, loss: float) -> None:
         pass
 
     def round(self, line: Mapping[str, Any]) -> None:
@@ -84,37 +86,33 @@ class _Plain:
 class _Live:
     def __init__(self, progress: Progress, config: Config, lines: Sequence[Mapping[str, Any]]) -> None:
         self.progress, self.rounds, self.steps = progress, config.rounds, config.steps
-        self.cohort = config.simulation.cohort
         self.bar = progress.add_task(
             "loading model and data", total=config.rounds, completed=len(lines), status="", result=""
         )
         self.sent = sum(_bytes(line) for line in lines)
         self.current, self.clients, self.heard = len(lines), 0, 0
+        self.begun: set[str] = set()
 
-    def phase(self, round: int, phase: str, clients: Sequence[str]) -> None:
+    def phase(self, round: int, phase: Phase, clients: Sequence[str]) -> None:
         self.current, self.clients = round, len(clients)
-        self.heard = 0
-        words = {"sketch": "sketching", "train": "training", "evaluate": "evaluating"}[phase]
+        self.heard, self.begun = 0, set()
         self.progress.update(
             self.bar,
             description=f"round {self.current + 1}/{self.rounds}",
-            completed=self.current + PHASES[phase][0],
-            status=f"{words} {len(clients)} clients",
+            completed=self.current + SHARES[phase][0],
+            status=f"{WORDS[phase]} {len(clients)} clients",
         )
 
-    def step(self, slot: int, step: int, loss: float) -> None:
+    def step(self, client: str, step: int, loss: float) -> None:
         self.heard += 1
-        cohort = min(self.cohort or self.clients, self.clients)
-        each = self.steps or float("inf")
-        begin, end = PHASES["train"]
-        share = min(self.heard / each / self.clients, 1.0)
-        upto = min((int((self.heard - 1) / each) // cohort + 1) * cohort, self.clients)
-        who = f"{self.clients} clients" if cohort == self.clients else f"client {upto}/{self.clients}"
+        self.begun.add(client)
+        begin, end = SHARES["train"]
+        share = min(self.heard / (self.steps or float("inf")) / self.clients, 1.0)
         of = f"/{self.steps}" if self.steps else ""
         self.progress.update(
             self.bar,
             completed=self.current + begin + (end - begin) * share,
-            status=f"{who}  step {step}{of}  loss {loss:.3f}",
+            status=f"client {len(self.begun)}/{self.clients}  step {step}{of}  loss {loss:.3f}",
         )
 
     def round(self, line: Mapping[str, Any]) -> None:

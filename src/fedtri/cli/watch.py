@@ -12,8 +12,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from fedtri.metrics import STAGES
 from fedtri.report import reading
-from fedtri.report.names import amount, duration, paper_name, share
+from fedtri.report.names import NARROWEST_SPAN, amount, duration, paper_name, share
 from fedtri.report.reading import Run
 from fedtri.storage import run_directory
 
@@ -79,7 +80,7 @@ def _table(run: Run) -> Table:
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     for row in run.rounds.tail(ROWS).reset_index().to_dict("records"):
-        spent = sum(x for x in (row[f"seconds_{p}"] for p in reading.PHASES) if math.isfinite(x))
+        spent = sum(x for x in (row[f"seconds_{p}"] for p in STAGES) if math.isfinite(x))
         table.add_row(
             str(row["round"]), f"{row['clients']:.0f}",
             *(share(row[c]) for c in ("loss", "accuracy", "accuracy_worst", "accuracy_best", "accuracy_local")),
@@ -89,6 +90,7 @@ def _table(run: Run) -> Table:
 
 
 def _spark(values: list[float]) -> str:
-    low, high = min(values), max(values)
-    span = (high - low) or 1.0
+    """Accuracies as a row of blocks, which spans at least NARROWEST_SPAN from top to bottom."""
+    low = min(values)
+    span = max(max(values) - low, NARROWEST_SPAN)
     return "".join(BLOCKS[round((v - low) / span * (len(BLOCKS) - 1))] for v in values)

@@ -1,8 +1,8 @@
 """The network transport: the same buffers as in one process, one a message, over Flower's grid with a deadline.
 
-What a client is called is what the server's keeper registered its key as (`flwr supernode register --name`), never a
-word of the client's own. A buffer is bound to configuration, run and client by its seal; what is late, missing, failed
-or refused is named and costs the others nothing.
+A client's name is the one under which the server's operator registered its key (`flwr supernode register --name`);
+nothing that a client says can change it. A client that is late, offline, fails or sends what cannot be used is named
+and logged, and costs the other clients nothing.
 """
 
 import logging
@@ -14,27 +14,24 @@ import httpx
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.common.constant import ErrorCode
 
-from fedtri.communication import codec
+from fedtri.communication.codec import Codec
 from fedtri.communication.flower_calls import BODY, FAILED, PREFIX, STAGE, Grid
-from fedtri.communication.sealed import Sizes, Terms
 from fedtri.config import Network
 from fedtri.errors import FedtriError
-from fedtri.federation import server
-from fedtri.federation.server import Expectation
-from fedtri.messages import Answer, Failure, Phase, Reply, Request
-from fedtri.similarity import sketches
+from fedtri.messages import Answer, Failure, Request
+from fedtri.metrics import Phase
 
 LOG = logging.getLogger("flwr")
 POLL = 0.5
 """Seconds between two looks at what has arrived."""
 LEAST = 1.0
-"""Seconds that a client is given at least, or is not asked again."""
+"""The least seconds that a message may take; with less time left a client is not asked again."""
 MESSAGES: dict[Phase, str] = {"sketch": "query", "train": "train", "evaluate": "evaluate"}
 
 
 @dataclass
 class _Pending:
-    task: Request
+    request: Request
     body: bytes
     node: int
     sent: float
@@ -45,11 +42,10 @@ class FlowerTransport:
     """The server's end: clients are the registered nodes that are online and named in the configuration."""
 
     def __init__(
-        self, grid: Grid, terms: Terms, sizes: Sizes, expected: Expectation, up: Callable[[int], frozenset[str]],
-        options: Network, turned_away: Callable[[], Sequence[str]] = tuple,
-    ) -> None:  # fmt: skip
-        self.grid, self.terms, self.sizes, self.expected = grid, terms, sizes, expected
-        self.up, self.options, self.turned_away = up, options, turned_away
+        self, grid: Grid, codec: Codec, options: Network, turned_away: Callable[[], Sequence[str]] = tuple
+    ) -> None:
+        """`codec` is that of this run; `turned_away` gives the keys of nodes refused since it was last asked."""
+        self.grid, self.codec, self.options, self.turned_away = grid, codec, options, turned_away
         self.examples: dict[str, int] = {}
         """Training examples of every client heard of."""
         self._strangers: set[int] = set()
@@ -74,16 +70,16 @@ class FlowerTransport:
             time.sleep(POLL)
         return sorted(found)
 
-    def exchange(self, tasks: Sequence[Request]) -> list[Answer | Failure]:
-        """Ask every task's client at once; returns when all have answered or failed, at the latest at the deadline."""
+    def exchange(self, requests: Sequence[Request]) -> list[Answer | Failure]:
+        """Ask all clients at once; returns when all have answered or failed, at the latest at the deadline."""
         until = time.monotonic() + self.options.deadline
         nodes, outcome = self._nodes(), list[Answer | Failure]()
         waiting: dict[str, _Pending] = {}
-        for task in tasks:
-            if task.client in nodes:
-                self._push(waiting, task, self._encode(task), nodes[task.client], until, 0)
+        for request in requests:
+            if request.client in nodes:
+                self._push(waiting, request, self._encode(request), nodes[request.client], until, 0)
             else:
-                outcome.append(self._failure(task.client, "is offline"))
+                outcome.append(self._failure(request.client, "is offline"))
         while waiting:
             for number, pending in list(waiting.items()):
                 outcome += self._pull(waiting, number, pending, until)
@@ -93,7 +89,7 @@ class FlowerTransport:
                 time.sleep(POLL)
         for pending in waiting.values():
             why = f"no answer within {self.options.deadline:g} s"
-            outcome.append(self._failure(pending.task.client, why, retries=pending.retries))
+            outcome.append(self._failure(pending.request.client, why, retries=pending.retries))
         for key in self.turned_away():
             outcome.append(self._failure(key, "a node with this key, which is not registered", refused=True))
         return outcome
@@ -117,31 +113,30 @@ class FlowerTransport:
             raise FedtriError(f"network: two nodes are registered as {min(twice)}; unregister one of them")
         return found
 
-    def _encode(self, task: Request) -> bytes:
-        name = task.client.encode()
-        data = self.terms.encode(codec.Message(task.phase, task.round, task.down), task.client)
-        return PREFIX.pack(self.terms.run, len(name)) + name + data
+    def _encode(self, request: Request) -> bytes:
+        name = request.client.encode()
+        return PREFIX.pack(self.codec.run, len(name)) + name + self.codec.write_request(request)
 
     def _push(
-        self, waiting: dict[str, _Pending], task: Request, body: bytes, node: int, until: float, retries: int
+        self, waiting: dict[str, _Pending], request: Request, body: bytes, node: int, until: float, retries: int
     ) -> None:
         message = Message(
-            RecordDict({BODY: ConfigRecord({BODY: body})}), dst_node_id=node, message_type=MESSAGES[task.phase],
-            ttl=max(until - time.monotonic(), LEAST), group_id=str(task.round + 1),
+            RecordDict({BODY: ConfigRecord({BODY: body})}), dst_node_id=node, message_type=MESSAGES[request.phase],
+            ttl=max(until - time.monotonic(), LEAST), group_id=str(request.round + 1),
         )  # fmt: skip
         (number,) = self.grid.push_messages([message])
-        waiting[number] = _Pending(task, body, node, time.monotonic(), retries)
+        waiting[number] = _Pending(request, body, node, time.monotonic(), retries)
 
     def _pull(
         self, waiting: dict[str, _Pending], number: str, pending: _Pending, until: float
     ) -> list[Answer | Failure]:
-        """What has arrived for this message, asked for by itself so that what one client sends harms no other."""
-        client = pending.task.client
+        """What has arrived for this message. Each is asked for alone, so that one client's answer harms no other."""
+        client = pending.request.client
         try:
             replies = list(self.grid.pull_messages([number]))
         except httpx.HTTPError:
             raise
-        except Exception as error:  # whatever a hostile message makes Flower's reader raise is that client's alone
+        except Exception as error:  # a hostile message may make Flower's reader raise anything; only its client pays
             del waiting[number]
             return [self._failure(client, f"a message that Flower cannot read ({type(error).__name__})", refused=True)]
         if not replies:
@@ -156,17 +151,17 @@ class FlowerTransport:
         except _ClientError as failed:
             if pending.retries < self.options.retries and time.monotonic() < until - LEAST:
                 LOG.warning("fedtri: %s: %s; asking again", client, failed)
-                self._push(waiting, pending.task, pending.body, pending.node, until, pending.retries + 1)
+                self._push(waiting, pending.request, pending.body, pending.node, until, pending.retries + 1)
                 return outcome
             return [self._failure(client, str(failed), retries=pending.retries), *outcome]
         except FedtriError as error:
             return [self._failure(client, str(error), refused=True, retries=pending.retries), *outcome]
 
     def _read(self, message: Message, pending: _Pending) -> Answer:
-        """The answer in a reply. Raises FedtriError where it is wrong, _ClientError where the client failed, _LateError
-        where it is gone.
+        """The answer in a reply.
+
+        Raises FedtriError where it cannot be used, _ClientError where the client failed, _LateError where it is gone.
         """
-        task = pending.task
         if message.has_error():
             if message.error.code in (ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE):
                 raise _LateError(f"no answer within {self.options.deadline:g} s")
@@ -180,21 +175,8 @@ class FlowerTransport:
             raise FedtriError("wire: the reply holds no buffer")
         if message.metadata.src_node_id != pending.node:
             raise FedtriError("wire: the reply is of another node than was asked")
-        up = self.up(task.round) if task.phase == "train" else frozenset[str]()
-        room = sketches.most_bytes(self.sizes.classes, self.sizes.features) if task.phase == "sketch" else 0
-        said = self.terms.decode(body, task.client, self.expected.scales.ranks[task.client], up, room)
-        if (said.round, said.phase) != (task.round, task.phase):
-            raise FedtriError(
-                f"wire: the reply is to {said.phase} of round {said.round + 1}, "
-                f"expected {task.phase} of round {task.round + 1}"
-            )
-        found = None
-        if task.phase == "sketch":
-            found = sketches.decode(said.sketch, classes=self.sizes.classes, d=self.sizes.features)
-        self.examples[task.client] = said.num_examples
-        reply = Reply(task.client, said.round, said.factors, said.num_examples, said.metrics, found)
-        if task.phase == "train" and (why := server.refuse(reply, up, self.expected)):
-            raise FedtriError(why.removeprefix(f"{task.client}: "))
+        reply = self.codec.read_reply(body, pending.request)
+        self.examples[reply.client] = reply.num_examples
         spent = time.monotonic() - pending.sent
         return Answer(reply, len(body), len(pending.body), spent, pending.retries)
 
@@ -204,7 +186,7 @@ class FlowerTransport:
 
 
 class _LateError(Exception):
-    """A client that cannot be heard of any more in this phase."""
+    """A client that can no longer answer in this phase."""
 
 
 class _ClientError(Exception):

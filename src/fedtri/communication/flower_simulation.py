@@ -1,7 +1,7 @@
-"""Flower's simulation engine as transport: every task goes to one of Ray's actors, on whatever machine or GPU Ray has.
+"""Flower's simulation engine as transport: every request goes to one of Ray's actors, on any machine or GPU of Ray's.
 
-An actor builds the federation once, with room for one client, from the run directory, which all machines must see. What
-a client keeps lies there too; with a task goes which of its files are current, with the reply which are now.
+An actor builds the federation once, with room for one client, from the run directory, which all machines must see.
+Clients' own tensors lie there too: a request says which files of its client are current, and so does the reply.
 """
 
 import functools
@@ -24,8 +24,8 @@ from flwr.simulation import run_simulation
 
 from fedtri.communication.in_process import LocalTransport
 from fedtri.errors import FedtriError
-from fedtri.messages import Answer, Request
-from fedtri.storage.client_store import ClientStore, Saved
+from fedtri.messages import Answer, Failure, Request
+from fedtri.storage.client_store import ClientStore, Saved, owner
 
 RECORD = "r"
 POLL = 0.05
@@ -33,32 +33,39 @@ POLL = 0.05
 Build = Callable[[Path], LocalTransport]
 
 
-class SimulatedTransport(LocalTransport):
-    """The server's end: encodes tasks and reads replies; clients are whatever the actors build."""
+class SimulatedTransport:
+    """The server's end: encodes requests and reads replies; the clients are built by the actors."""
 
     def __init__(self, local: LocalTransport, grid: Grid, folder: Path, running: Callable[[], bool]) -> None:
-        super().__init__(local.site, local.dtype, local.features)
-        self.grid, self.folder, self.running = grid, folder, running
+        """`local` says what the clients are, `folder` is the run directory, `running` says if the simulation is."""
+        self.local, self.grid, self.folder, self.running = local, grid, folder, running
 
-    def exchange(self, tasks: Sequence[Request]) -> list[Answer]:
-        """Every task at once; Ray runs as many side by side as it has room for. Raises FedtriError where one fails."""
-        nodes, store = self._nodes(), self.site.store
-        sent = [self.encode(task) for task in tasks]
+    def clients(self) -> list[str]:
+        """The ids of the clients, sorted."""
+        return self.local.clients()
+
+    def exchange(self, requests: Sequence[Request]) -> list[Answer | Failure]:
+        """Send every request at once; Ray runs as many side by side as it has room for.
+
+        Raises FedtriError where an actor fails.
+        """
+        nodes, store = self._nodes(), self.local.site.store
+        sent = [self.local.codec.write_request(request) for request in requests]
         messages = []
-        for number, (task, data) in enumerate(zip(tasks, sent, strict=True)):
-            files = {name: asdict(store.current[name]) for name in _files(store, task.client)}
-            record = {"folder": str(self.folder), "client": task.client, "data": data, "files": json.dumps(files)}
+        for number, (request, data) in enumerate(zip(requests, sent, strict=True)):
+            files = {name: asdict(store.current[name]) for name in _files(store, request.client)}
+            record = {"folder": str(self.folder), "client": request.client, "data": data, "files": json.dumps(files)}
             content = RecordDict({RECORD: ConfigRecord(record)})
             messages.append(Message(content, dst_node_id=nodes[number % len(nodes)], message_type="query"))
         places = {number: place for place, number in enumerate(self.grid.push_messages(messages))}
-        answers: dict[int, Answer] = {}
-        while len(answers) < len(tasks):
+        answers: dict[int, Answer | Failure] = {}
+        while len(answers) < len(requests):
             self._require_running()
             for reply in self.grid.pull_messages([number for number, place in places.items() if place not in answers]):
                 place = places[reply.metadata.reply_to_message_id]
-                answers[place] = self._answer(tasks[place].client, reply, len(sent[place]))
+                answers[place] = self._answer(requests[place], reply, sent[place])
             time.sleep(POLL)
-        return [answers[place] for place in range(len(tasks))]
+        return [answers[place] for place in range(len(requests))]
 
     def _nodes(self) -> list[int]:
         """Flower's nodes, any of which serves any client; they are there a moment after the start."""
@@ -71,7 +78,8 @@ class SimulatedTransport(LocalTransport):
         if not self.running():
             raise FedtriError("transport: Flower's simulation has ended; what it said stands above")
 
-    def _answer(self, client: str, reply: Message, down: int) -> Answer:
+    def _answer(self, request: Request, reply: Message, down: bytes) -> Answer | Failure:
+        client = request.client
         if reply.has_error():
             raise FedtriError(f"{client}: Flower's simulation: {reply.error.reason}; what it said stands above")
         record = reply.content.config_records[RECORD]
@@ -79,8 +87,8 @@ class SimulatedTransport(LocalTransport):
             raise FedtriError(f"{client}: {record['failed']}")
         data, files = record["data"], json.loads(str(record["files"]))
         assert isinstance(data, bytes)
-        self.site.store.current |= {name: Saved(**saved) for name, saved in files.items()}
-        return Answer(self.read(data, client), len(data), down)
+        self.local.site.store.current |= {name: Saved(**saved) for name, saved in files.items()}
+        return self.local.read(request, down, data)
 
 
 @contextmanager
@@ -128,7 +136,7 @@ def simulated(
 
 @contextmanager
 def _importable() -> Iterator[None]:
-    """What this process can import, Ray's actors can too while this lasts."""
+    """While this lasts, Ray's actors can import whatever this process can."""
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     try:
@@ -141,7 +149,7 @@ def _importable() -> Iterator[None]:
 
 
 def client_app(build: Build, cpus: int) -> ClientApp:
-    """An actor's app: the clients' half of one task."""
+    """An actor's app: the client's half of one request."""
     app = ClientApp()
     app.query()(functools.partial(_query, build, cpus))  # Ray takes functions by their names alone
     return app
@@ -176,5 +184,5 @@ def _built(build: Build, folder: Path) -> LocalTransport:
 
 
 def _files(store: ClientStore, client: str) -> list[str]:
-    """Under which names a client's files are kept: its own, and those beside them."""
-    return [name for name in store.current if name == client or name.startswith(f"{client}.")]
+    """The names under which a client's tensors are kept: its own, and those beside it."""
+    return [name for name in store.current if owner(name) == client]

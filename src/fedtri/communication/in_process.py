@@ -1,65 +1,48 @@
-"""The in-process transport: every request and reply passes through the same bytes as on a network, and is counted."""
+"""All clients in this process: every request and reply still passes through the bytes of a network, and is counted."""
 
+import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from fedtri.adapters.layout import Key
-from fedtri.communication import codec
-from fedtri.communication.feedback import rounded
+from fedtri.communication.codec import Codec
+from fedtri.errors import FedtriError
 from fedtri.federation.client import Site, client_update
-from fedtri.messages import POOLED, Answer, Reply, Request
-from fedtri.similarity import sketches
+from fedtri.messages import Answer, Failure, Request
+
+LOG = logging.getLogger("fedtri")
 
 
+@dataclass(frozen=True)
 class LocalTransport:
     """All clients of a site, asked in one process."""
 
-    def __init__(self, site: Site, dtype: str = "float32", features: int = 0) -> None:
-        self.site, self.dtype, self.features = site, dtype, features
+    site: Site
+    codec: Codec
 
     def clients(self) -> list[str]:
         """The ids of the site's clients, sorted."""
-        return sorted(client for client in self.site.splits if client != POOLED)
+        return self.site.clients
 
-    def exchange(self, requests: Sequence[Request]) -> list[Answer]:
-        """Encode each request, answer all of them, and decode each reply's bytes."""
-        sent = [self.encode(request) for request in requests]
-        received = self.serve([request.client for request in requests], sent)
-        return [
-            Answer(self.read(up, request.client), len(up), len(down))
-            for request, down, up in zip(requests, sent, received, strict=True)
-        ]
-
-    def encode(self, request: Request) -> bytes:
-        """A request's bytes."""
-        message = codec.Message(request.phase, request.round, request.down)
-        return codec.encode(message, self.site.executor.layout, self.dtype)
+    def exchange(self, requests: Sequence[Request]) -> list[Answer | Failure]:
+        """Encode each request, let the clients answer all of them, and decode each reply's bytes."""
+        down = [self.codec.write_request(request) for request in requests]
+        up = self.serve([request.client for request in requests], down)
+        return [self.read(*one) for one in zip(requests, down, up, strict=True)]
 
     def serve(self, clients: Sequence[str], sent: Sequence[bytes]) -> list[bytes]:
-        """The clients' half: their replies' bytes to the bytes of requests of one phase."""
-        layout, requests = self.site.executor.layout, []
-        for client, data in zip(clients, sent, strict=True):
-            message = codec.decode(data, layout, self._shapes(client))
-            requests.append(Request(message.phase, message.round, client, message.factors))
-        said = []
-        for reply in client_update(self.site, requests) if requests else []:
-            message = codec.Message(
-                phase=requests[0].phase,
-                round=reply.round,
-                factors=rounded(self.site.store, reply, self.dtype).up,
-                num_examples=reply.num_examples,
-                metrics=reply.metrics,
-                sketch=b"" if reply.sketch is None else sketches.encode(reply.sketch),
-            )
-            said.append(codec.encode(message, layout, self.dtype))
-        return said
+        """The clients' half: the bytes of their replies to the bytes of requests, which are of one phase and round."""
+        requests = [self.codec.read_request(data, client) for client, data in zip(clients, sent, strict=True)]
+        replies = client_update(self.site, requests) if requests else []
+        store = self.site.store
+        return [
+            self.codec.write_reply(reply, request.phase, store)
+            for reply, request in zip(replies, requests, strict=True)
+        ]
 
-    def read(self, data: bytes, client: str) -> Reply:
-        """A client's reply from its bytes."""
-        message = codec.decode(data, self.site.executor.layout, self._shapes(client))
-        found = None
-        if message.sketch:
-            found = sketches.decode(message.sketch, classes=self.site.label_count, d=self.features)
-        return Reply(client, message.round, message.factors, message.num_examples, message.metrics, found)
-
-    def _shapes(self, client: str) -> dict[Key, tuple[int, ...]]:
-        return self.site.executor.layout.shapes(self.site.scales.ranks[client])
+    def read(self, request: Request, down: bytes, up: bytes) -> Answer | Failure:
+        """The server's half: what it makes of a reply's bytes."""
+        try:
+            return Answer(self.codec.read_reply(up, request), len(up), len(down))
+        except FedtriError as error:
+            LOG.warning("%s: refused: %s", request.client, error)
+            return Failure(request.client, f"{request.client}: {error}", refused=True)

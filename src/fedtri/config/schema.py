@@ -13,6 +13,8 @@ from fedtri.errors import FedtriError
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+ClientName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+"""What a client of a real network may be called: it is also a folder's name."""
 
 
 class Strict(BaseModel):
@@ -89,18 +91,22 @@ class EarlyStopping(Strict):
 
 
 class Simulation(Strict):
-    """[simulation]: how many clients are trained together (0: all), and how many tokens one pass may have.
+    """[simulation]: how the clients of one machine are trained.
 
-    Those that are trained together share the cores, and passes as far as the tokens allow. At `cohort` 1 every client
-    has the machine to itself, as on a network, and gets bit for bit what it would get there.
+    `executor` "fast" trains clients side by side and packs their texts into shared passes, "reference" trains one
+    client at a time in plain PyTorch, "auto" is the fast one where it knows the model's architecture. `group` clients
+    are trained together (0: all): they share the cores, and passes as far as the tokens allow. At 1 every client has
+    the machine to itself, as on a network, and gets bit for bit the same result as there.
+
+    `token_budget` is the most tokens in one pass: 1536 suits a processor, 16384 or more a GPU. Where the first layers
+    have no adapter, what leaves them is kept: up to `prefix_budget` MB in memory, the rest in a file beside the run,
+    nothing at 0; `prefix_dtype` "auto" is the model's own number type.
 
     With `transport = "flower-sim"` each client at work has `client_cpus` cores and `client_gpus` of a GPU to itself.
-    1536 tokens are many enough for fast products on a processor; a GPU wants 16384 or more. Where no adapter
-    stands in the first layers, what leaves them is kept: up to `prefix_budget` MB in memory, more than that in a file
-    beside the run, and nothing at all at 0; `prefix_dtype` "auto" is the model's own.
     """
 
-    cohort: Annotated[int, Field(ge=0)] = 16
+    executor: Literal["auto", "fast", "reference"] = "auto"
+    group: Annotated[int, Field(ge=0)] = 16
     token_budget: PositiveInt = 1536
     prefix_budget: Annotated[int, Field(ge=0)] = 1024
     prefix_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -126,12 +132,13 @@ class ServerOptions(Strict):
 class Network(Strict):
     """[network]: who may take part on a real network, what its classes are called, and how long a round may take.
 
-    `clients` are the names that the server's keeper has registered with the sites' keys; `labels` the classes in the
-    order of their ids. A round starts when `minimum` clients are there and closes with as many usable replies, at the
-    latest after `deadline` seconds a phase; one that misses them is tried `attempts` times in all.
+    `clients` are the names under which the server's operator registered the sites' keys, `labels` the classes in the
+    order of their ids. A round starts when `minimum` clients are online, for which the server waits `patience` seconds.
+    A phase of it takes at most `deadline` seconds; a client that fails is asked again up to `retries` times. A round
+    that ends with fewer than `minimum` usable replies is tried `attempts` times in all before the run stops.
     """
 
-    clients: Annotated[list[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]], Field()] = []
+    clients: list[ClientName] = []
     labels: list[str] = []
     minimum: PositiveInt = 2
     deadline: Annotated[float, Field(gt=0)] = 600.0
@@ -141,7 +148,7 @@ class Network(Strict):
 
 
 class Config(Strict):
-    """A run. The defaults are the demo's, but that the head is where each method's paper has it."""
+    """A run. The defaults are those of the demo, except that the head travels or stays as each method's paper says."""
 
     model: str = "minilm"
     data: str = "docstrings"
@@ -185,7 +192,7 @@ class Config(Strict):
     @model_validator(mode="before")
     @classmethod
     def _defaults(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """Those that depend on another key: 15 steps where there are no epochs; a natural partition's own clients."""
+        """Defaults that depend on another key: 15 steps where no epochs are given; a natural partition's clients."""
         if values.get("steps") is not None and values.get("epochs") is not None:
             raise ValueError("steps and epochs are both given, expected one of them; leave the other out")
         if values.get("epochs") is None and values.get("steps") is None:

@@ -40,7 +40,10 @@ def checked_options(function: Callable[..., object], given: Mapping[str, Any], t
     Raises FedtriError in one line that names table, key and the function's own `name`.
     """
     known = inspect.signature(function, eval_str=True).parameters
-    fields: dict[str, Any] = {name: (option.annotation, option.default) for name, option in known.items()}
+    fields: dict[str, Any] = {
+        name: (Any if option.annotation is option.empty else option.annotation, option.default)
+        for name, option in known.items()
+    }
     schema = create_model(name, __config__=STRICT, **fields)
     try:
         return {name: getattr(schema.model_validate(dict(given)), name) for name in given}

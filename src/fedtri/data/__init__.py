@@ -1,4 +1,4 @@
-"""Where examples come from, one file a source; partition.py deals them to clients."""
+"""Reads examples: one file for each source. partition.py deals them to clients."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -22,20 +22,21 @@ def load_pool(
     seed: int = 0,
     classes: Sequence[str] = (),
 ) -> Pool:
-    """All examples that `data` names, as a task makes its pool of them.
+    """All examples that `data` names, as the pool that a task makes of them.
 
     Args:
         data: "docstrings" or "digits" (the embedded sources); a .csv, .tsv, .jsonl, .json or .parquet file; the
             folder of a GLUE task or of AG News, or one of its files; else a folder or hub name ("name" or
             "name:config") that `datasets.load_dataset` takes.
-        made: The task's way from a source to a pool.
-        columns: The column of each role; see `pool.ROLES` for the defaults. With any given, GLUE and AG News are
-            read as ordinary tables. Label ids follow the labels' sorted order, whole numbers by value.
-        limit: At most so many examples, drawn at random with `seed`.
-        classes: Where the data are one site's share of a federation's: all of its classes, in the order of their ids.
+        made: The task's function from a source to a pool.
+        columns: The column of each role; `pool.ROLES` has the defaults. If any is given, GLUE and AG News are read as
+            ordinary tables. Label ids follow the sorted labels (whole numbers by value).
+        limit: The largest number of examples, drawn at random with `seed`.
+        seed: The run's seed.
+        classes: If the data are only one site's part: all classes of the federation, in the order of their ids.
 
     Raises:
-        FedtriError: Naming the file, key or column, what was expected and what was found.
+        FedtriError: In one line: the file, key or column, what was expected and what was found.
     """
     source = source_of(data, columns or {})
     found = source.table.column_names
@@ -47,7 +48,7 @@ def load_pool(
 
 
 def source_of(data: str, columns: Mapping[str, str]) -> Source:
-    """The table `data` names, before any check of its contents."""
+    """The table that `data` names. Its contents are not checked yet."""
     if data in EMBEDDED:
         if columns:
             raise FedtriError(f'data "{data}" has its own columns; leave out [columns]')

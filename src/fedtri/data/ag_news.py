@@ -1,7 +1,7 @@
-"""AG News (arXiv:1509.01626): a CSV without a header, of class (1 to 4), title and description.
+"""AG News (arXiv:1509.01626): a CSV file without a header; its columns are class (1 to 4), title and description.
 
-The text is the title and the description with a blank between them. The pool of a folder is train.csv, or
-test.csv where there is no train.csv; to take the other one, name the file itself.
+The text is the title, a space, and the description. In a folder, train.csv is read, or test.csv if there is no
+train.csv. To read the other one, name the file itself.
 """
 
 import re
@@ -17,7 +17,7 @@ LINE = re.compile(r'"?[1-4]"?,("([^"]|"")*"|[^",]*),.+')
 
 
 def find(path: Path) -> Source | None:
-    """AG News in a folder or a file; None where it is something else."""
+    """AG News in a folder or a file; None if it holds something else."""
     file = path
     if path.is_dir():
         file = path / ("train.csv" if (path / "train.csv").is_file() else "test.csv")

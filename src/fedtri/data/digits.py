@@ -1,7 +1,7 @@
 """The embedded images: scikit-learn's bundled digits, 1,797 grey images of 8 × 8 pixels, ten classes "0" to "9".
 
 Source: E. Alpaydin, C. Kaynak, Optical Recognition of Handwritten Digits, UCI machine learning repository (the test
-set). The 17 levels of ink become grey from 0 to 255, white on black.
+set). The 17 levels of ink become grey values from 0 to 255, white on black.
 """
 
 import io
@@ -15,7 +15,7 @@ from fedtri.data.pool import Source
 
 
 def load() -> Source:
-    """The digits as PNG files' bytes and their labels."""
+    """The digits, each as the bytes of a PNG file, and their labels."""
     from sklearn.datasets import load_digits  # 1 s to import, which only a run should pay
 
     found: Any = load_digits()

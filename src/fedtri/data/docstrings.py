@@ -1,14 +1,17 @@
-"""The embedded source: first paragraphs of installed docstrings, the label being the library they come from.
+"""The embedded texts: first paragraphs of installed docstrings. The label is the library that a text comes from.
 
-Six classes: the standard library, numpy, scipy, scikit-learn, torch and transformers, read with `ast` and
-never imported. A text is the first paragraph of a module's, class's or function's docstring on one line, 20
-to 200 characters long. Dropped are texts that give the label away by naming a library (any of the six, its
-import name or usual alias, its publisher; "Python" stands for the standard library), field headings and
-doctests, every repetition within a library, and both sides of a text found in two. Test code is not read.
+There are six classes: the standard library, numpy, scipy, scikit-learn, torch and transformers. Their files are read
+with `ast` and never imported. A text is the first paragraph of the docstring of a module, class or function, on one
+line, 20 to 200 characters long. These texts are dropped:
 
-Files are read in an order fixed by a hash of their path until a class has `SURPLUS` texts, and `CAP` of
-them are drawn with a fixed seed: the pool depends on the installed versions alone, and is cached as JSON
-under them.
+- texts that name a library and so give the label away: any of the six, its import name or usual alias, its publisher
+  ("Python" stands for the standard library);
+- field headings and doctests;
+- repetitions within a library, and all copies of a text that occurs in two libraries;
+- texts in test code.
+
+Files are read in a fixed order (by a hash of their path) until a class has `SURPLUS` texts. Of these, `CAP` are drawn
+with a fixed seed. So the pool depends only on the installed versions. It is cached as JSON, under these versions.
 """
 
 import ast
@@ -21,16 +24,16 @@ import platform
 import random
 import re
 import sysconfig
-import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 
 import pyarrow as pa
 
+from fedtri import atomic
 from fedtri.data.pool import Source
 from fedtri.errors import FedtriError
 
@@ -55,7 +58,7 @@ DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def load() -> Source:
-    """The texts, from the cache or else from the sources; raises FedtriError where a library is missing."""
+    """The texts, from the cache or else from the libraries. Raises FedtriError if a library is missing."""
     path = cache_path(installed())
     texts = read_cache(path)
     if texts is None:
@@ -70,7 +73,7 @@ def load() -> Source:
 
 @contextmanager
 def no_collector() -> Iterator[None]:
-    """Syntax trees hold no cycles, yet keep the garbage collector walking: half of the time, measured."""
+    """Switch the garbage collector off. It took half of the time (measured), although syntax trees have no cycles."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -81,7 +84,7 @@ def no_collector() -> Iterator[None]:
 
 
 def installed() -> dict[str, str]:
-    """The version of each library; raises FedtriError naming one that is missing."""
+    """The version of each library. Raises FedtriError that names a missing one."""
     found = {STDLIB: platform.python_version()}
     for distribution in DISTRIBUTIONS:
         try:
@@ -95,7 +98,7 @@ def installed() -> dict[str, str]:
 
 
 def root(library: str) -> Path:
-    """The folder of a library's sources, found without importing it."""
+    """The folder of a library's source files, found without importing the library."""
     if library == STDLIB:
         return Path(sysconfig.get_path("stdlib"))
     spec = importlib.util.find_spec(DISTRIBUTIONS[library])
@@ -105,7 +108,7 @@ def root(library: str) -> Path:
 
 
 def collect(roots: Mapping[str, Path]) -> dict[str, list[str]]:
-    """At most `CAP` texts of every library, none of them in two libraries."""
+    """At most `CAP` texts of every library. No text is in two libraries."""
     found = {library: texts_of(folder) for library, folder in roots.items()}
     seen = Counter(text.casefold() for texts in found.values() for text in texts)
     chosen = {}
@@ -130,13 +133,13 @@ def texts_of(folder: Path) -> list[str]:
 
 
 def usable(text: str) -> bool:
-    """Of the right length, prose, and silent about where it comes from."""
+    """Whether a text has the right length, is prose, and names no library."""
     heading_or_doctest = text.endswith(":") or ">>>" in text
     return 20 <= len(text) <= 200 and text.isprintable() and not heading_or_doctest and not NAMES.search(text)
 
 
 def paragraphs(file: Path) -> Iterator[str]:
-    """The first paragraph of every docstring in a file, on one line; none where Python cannot parse it."""
+    """The first paragraph of every docstring in a file, each on one line; nothing if Python cannot parse the file."""
     try:
         with warnings.catch_warnings(action="ignore"):  # invalid escapes in other people's strings
             pending: list[ast.AST] = [ast.parse(file.read_bytes())]
@@ -147,18 +150,18 @@ def paragraphs(file: Path) -> Iterator[str]:
         if isinstance(node, DOCUMENTED):
             docstring = ast.get_docstring(node, clean=False) or ""
             yield " ".join(re.split(r"\n\s*\n", docstring.strip(), maxsplit=1)[0].split())
-            pending.extend(node.body)  # expressions hold no docstrings: walking them all takes half the time
+            pending.extend(node.body)  # expressions hold no docstrings, and to walk them took half of the time
 
 
 def cache_path(versions: Mapping[str, str]) -> Path:
-    """Where the texts of these versions are kept."""
+    """The cache file for these versions."""
     key = hashlib.sha256(json.dumps([RECIPE, sorted(versions.items())]).encode()).hexdigest()[:16]
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(home) / "fedtri" / f"docstrings-{key}.json"
 
 
 def read_cache(path: Path) -> dict[str, list[str]] | None:
-    """The cached texts, or None when there are none or what is there is damaged."""
+    """The cached texts; None if there are none or the file is damaged."""
     try:
         cached = json.loads(path.read_bytes())
         texts = {library: cached["texts"][library] for library in LIBRARIES}
@@ -169,16 +172,11 @@ def read_cache(path: Path) -> dict[str, list[str]] | None:
 
 
 def write_cache(path: Path, texts: Mapping[str, list[str]]) -> None:
-    """Keep the texts for the next run, all or nothing; a place that cannot be written is no error."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False) as file:
-            json.dump({"digest": digest_of(texts), "texts": texts}, file)
-        os.replace(file.name, path)
-    except OSError:
-        return
+    """Keep the texts for the next run, all or nothing. A place that cannot be written to is no error."""
+    with suppress(OSError):
+        atomic.write_text(path, json.dumps({"digest": digest_of(texts), "texts": texts}))
 
 
 def digest_of(texts: Mapping[str, list[str]]) -> str:
-    """Tells a damaged cache from a whole one."""
+    """A digest of the texts, to recognise a damaged cache."""
     return hashlib.sha256(json.dumps(texts, sort_keys=True).encode()).hexdigest()

@@ -1,8 +1,8 @@
-"""GLUE tasks (arXiv:1804.07461) in GLUE's own layout: a folder with train.tsv and dev.tsv, never quoted.
+"""GLUE tasks (arXiv:1804.07461) in GLUE's own layout: a folder with train.tsv and dev.tsv, without quoting.
 
-A task is recognised by the header of its files, so a folder may have any name: SST-2, MRPC, RTE, QNLI, and
-CoLA, whose files have four fields and no header. The pool is train.tsv, or dev.tsv where there is no
-train.tsv; to take the other one, name the file itself. test.tsv has no labels and is never read.
+SST-2, MRPC, RTE and QNLI are recognised by the header of their files, so a folder may have any name. CoLA's files have
+four fields and no header. train.tsv is read, or dev.tsv if there is no train.tsv. To read the other one, name the file
+itself. test.tsv has no labels and is never read.
 """
 
 import re
@@ -17,12 +17,12 @@ from fedtri.data.pool import Source
 
 @dataclass(frozen=True)
 class Layout:
-    """Which columns of a task matter; `label_names` where its files hold numbers."""
+    """The columns of a task that are used. `label_names` is given if its files hold numbers as labels."""
 
     texts: tuple[str, ...]
     label_names: Mapping[Any, str] | None = None
     names: tuple[str, ...] | None = None
-    """The names of the columns where the files have none."""
+    """The names of the columns, if the files have no header."""
     label: str = "label"
 
 
@@ -40,7 +40,7 @@ COLA_LINE = re.compile(r"[^\t]+\t[01]\t\*?\t[^\t]+")
 
 
 def find(path: Path) -> Source | None:
-    """The task in a folder, or in one of its files; None where it is something else."""
+    """The task in a folder, or in one of its files; None if it is something else."""
     file = path
     if path.is_dir():
         file = path / ("train.tsv" if (path / "train.tsv").is_file() else "dev.tsv")

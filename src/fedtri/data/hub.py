@@ -1,6 +1,6 @@
-"""Anything `datasets.load_dataset` takes: a local folder, or a hub data set's "name" or "name:config".
+"""Whatever `datasets.load_dataset` takes: a local folder, or the "name" or "name:config" of a data set on the hub.
 
-The pool is the split "train", or the first one where there is none.
+The split "train" is read, or the first one if there is no "train".
 """
 
 from collections.abc import Iterator, Mapping
@@ -18,7 +18,10 @@ from fedtri.errors import FedtriError
 
 
 def load(data: str, columns: Mapping[str, str]) -> Source:
-    """The data set, downloaded unless it is local or cached; a ClassLabel (or a list of them) keeps its names."""
+    """The data set. It is downloaded unless it is local or cached. ClassLabel columns keep the names of their classes.
+
+    Raises FedtriError if `datasets` cannot read it.
+    """
     name, _, config = (data, "", "") if Path(data).exists() else data.partition(":")
     try:
         with quiet():
@@ -33,7 +36,7 @@ def load(data: str, columns: Mapping[str, str]) -> Source:
 
 
 def class_names(features: datasets.Features) -> dict[str, dict[Any, str]]:
-    """The names of each ClassLabel column, or list of them, in the order of the ids."""
+    """For each column of ClassLabel or of lists of ClassLabel: the name of each id, in the order of the ids."""
     inner = {column: getattr(feature, "feature", feature) for column, feature in features.items()}
     return {
         column: dict(enumerate(feature.names))
@@ -42,14 +45,14 @@ def class_names(features: datasets.Features) -> dict[str, dict[Any, str]]:
 
 
 def described(schema: pa.Schema) -> datasets.Features:
-    """What `datasets` wrote of the columns into a Parquet file; nothing where another tool made it."""
+    """The column types that `datasets` wrote into a Parquet file; empty if another tool wrote the file."""
     said = b"huggingface" in (schema.metadata or {})
     return datasets.Features.from_arrow_schema(schema) if said else datasets.Features()
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars and no notes from `datasets` and the hub: the display belongs to the run."""
+    """Silence the progress bars and notes of `datasets` and the hub: they would disturb the run's own display."""
     bars = not datasets.are_progress_bars_disabled()
     levels = {library: library.get_verbosity() for library in (datasets.logging, huggingface_hub.logging)}
     datasets.disable_progress_bars()

@@ -1,9 +1,10 @@
-"""Images in a column, however they are kept there, and every one of them as 8-bit RGB.
+"""Finds the images in a column, and opens each of them as 8-bit RGB.
 
-A column holds files' bytes, `datasets`' own images (bytes or a path), or paths, taken from the data file's folder.
-What an image becomes: turned upright by its EXIF orientation; 16-bit grey divided by 257; anything transparent laid on
-white; any other mode (black and white, grey, palette, CMYK, YCbCr) as Pillow converts it to RGB; of several frames
-the first. Refused is what has no known range: 32-bit floating point, and 32-bit integers beyond 16 bits.
+A column holds the bytes of image files, images as `datasets` keeps them (bytes or a path), or paths that start at the
+data file's folder. An image is changed as follows: it is turned upright by its EXIF orientation; 16-bit grey is divided
+by 257; transparent parts become white; Pillow converts any other mode (black and white, grey, palette, CMYK, YCbCr) to
+RGB; of several frames the first is taken. Images without a known range are refused: 32-bit floating point, and 32-bit
+integers above 16 bits.
 """
 
 import io
@@ -19,15 +20,15 @@ from fedtri.data.pool import Source, column
 from fedtri.errors import FedtriError
 
 KEPT = pa.struct({"bytes": pa.binary(), "path": pa.string(), "name": pa.string()})
-"""An image in a pool: its file's bytes or else its path, and what errors call it."""
+"""An image in a pool: the bytes of its file or else its path, and the name that errors give it."""
 BROKEN = (OSError, ValueError, Image.DecompressionBombError)
-"""What Pillow raised for files cut short or spoiled at every place tried, in six formats."""
+"""What Pillow raises for a damaged file. Tried: files of six formats, cut short or overwritten at many places."""
 
 
 def images(source: Source, role: str = "image") -> pa.Array:
-    """A role's column of images, as `KEPT`; none is opened yet.
+    """A role's column of images, each as `KEPT`. None of them is opened yet.
 
-    Raises FedtriError where the column holds something else, or an example has no image.
+    Raises FedtriError if the column holds something else, or an example has no image.
     """
     name = column(source, role)
     values = source.table[name]
@@ -54,7 +55,7 @@ def images(source: Source, role: str = "image") -> pa.Array:
 
 
 def opened(image: Mapping[str, Any]) -> Image.Image:
-    """One image of a pool, as RGB. Raises FedtriError, in one line that names it, where it cannot be read."""
+    """One image of a pool, as RGB. Raises FedtriError that names the image if it cannot be read."""
     try:
         with Image.open(io.BytesIO(image["bytes"]) if image["bytes"] else image["path"]) as found:
             return rgb(ImageOps.exif_transpose(found))
@@ -68,7 +69,7 @@ def opened(image: Mapping[str, Any]) -> Image.Image:
 
 
 def rgb(image: Image.Image) -> Image.Image:
-    """An image of any mode as 8-bit RGB, by the rules above. Raises ValueError for one without a known range."""
+    """An image of any mode as 8-bit RGB, by the rules above. Raises ValueError if its range is not known."""
     if image.mode == "F":
         raise ValueError("32-bit floating point has no known range, save it as 8-bit")
     if image.mode.startswith("I"):

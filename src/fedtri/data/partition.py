@@ -1,12 +1,12 @@
-"""Deals the pool to clients once and splits it inside each: a test set has its train set's label mix.
+"""Deals the pool to clients once, and splits each client's part. So a client's test set has its train set's label mix.
 
-iid               equal shares of a random order
-dirichlet:ALPHA   for each class, the clients' shares are drawn from Dirichlet(ALPHA, ..., ALPHA); their sizes
-                  differ. This is flwr-datasets' Dirichlet (arXiv:2102.02079): per class over clients.
-                  FedPETuning's is another one, per client around the label prior with equal sizes: the same
-                  ALPHA means another skew there.
-pathological:K    K classes a client, the first of them in turn, the others at random; a class no client drew
-                  is left out (arXiv:2102.02079)
+iid               equal parts of a random order
+dirichlet:ALPHA   for each class, the clients' shares are drawn from Dirichlet(ALPHA, ..., ALPHA); clients differ in
+                  size. This is the Dirichlet partition of flwr-datasets (arXiv:2102.02079), which draws over clients
+                  for each class. FedPETuning draws around the label prior for each client, with equal sizes. The same
+                  ALPHA means a different skew there.
+pathological:K    K classes for each client: the first in turn, the others at random. A class that no client drew is
+                  left out (arXiv:2102.02079).
 natural:COLUMN    one client for each value of a column
 """
 
@@ -31,12 +31,12 @@ SPECS = '"iid", "dirichlet:0.3", "pathological:2" or "natural:COLUMN"'
 ENOUGH, LEAST = (
     10,
     2,
-)  # examples: for two in test at the usual fractions, and for one in train and one in test
+)  # examples of a client: two in test at the usual fractions; at least one in train and one in test
 
 
 @dataclass(frozen=True)
 class Split:
-    """Row indices of one client in the pool."""
+    """The row indices of one client's examples in the pool."""
 
     train: Int[np.ndarray, "n_train"]
     validation: Int[np.ndarray, "n_validation"]
@@ -51,15 +51,17 @@ def partition(
     seed: int,
     fractions: tuple[float, float, float] = (0.7, 0.1, 0.2),
 ) -> dict[str, Split]:
-    """Disjoint splits of the pool, by client id in sorted order; the same for the same pool and seed.
+    """Disjoint splits of the pool, by client id in sorted order. The same pool and seed give the same splits.
 
     Args:
-        spec: One of the four above.
-        clients: How many; may be None for "natural:COLUMN", where the column decides.
-        fractions: Train, validation, test. Test gets at least two examples where a client has four or more.
+        pool: All examples.
+        spec: One of the four kinds above.
+        clients: The number of clients; may be None for "natural:COLUMN", where the column decides.
+        seed: The run's seed.
+        fractions: Train, validation, test. A client with four or more examples has at least two in test.
 
     Raises:
-        FedtriError: An unknown spec or one the pool cannot satisfy; a client without a train or test example.
+        FedtriError: If the spec is unknown, the pool cannot satisfy it, or a client has no train or test example.
     """
     if not (min(fractions) >= 0 and fractions[0] > 0 and fractions[2] > 0 and math.isclose(sum(fractions), 1)):
         raise FedtriError(f"fractions: expected train > 0, validation >= 0 and test > 0 summing to 1, got {fractions}")
@@ -68,7 +70,7 @@ def partition(
 
 
 def split(spec: str, client: str, rows: np.ndarray, seed: int, fractions: tuple[float, float, float]) -> Split:
-    """A client's rows (n,), shuffled by its own seed and cut in three."""
+    """A client's rows (n,), shuffled by the client's own seed and cut into three parts."""
     rows = np.random.default_rng(derive(seed, "split", client)).permutation(rows)
     tested = max(round(fractions[2] * len(rows)), min(2, len(rows) // 2))
     validated = round(fractions[1] * len(rows))
@@ -83,7 +85,7 @@ def split(spec: str, client: str, rows: np.ndarray, seed: int, fractions: tuple[
 
 def deal(pool: Pool, spec: str, clients: int | None, seed: int) -> dict[str, np.ndarray]:
     """The rows (n,) of every client."""
-    # Imported here and below because it takes 1 to 2 s, which only a run should pay.
+    # Imported here and below because the import takes 1 to 2 s, and only a run needs it.
     from flwr_datasets.partitioner import IidPartitioner, PathologicalPartitioner
 
     rows = pool.table.num_rows
@@ -126,7 +128,7 @@ def deal(pool: Pool, spec: str, clients: int | None, seed: int) -> dict[str, np.
 
 
 def dirichlet(spec: str, alpha: float, table: datasets.Dataset, clients: int, seed: int) -> list[np.ndarray]:
-    """Draws again, up to ten times, while a client has fewer than `ENOUGH`; then the same with `LEAST`."""
+    """Every client's rows. Draws again, up to ten times, while a client has fewer than `ENOUGH`; then with `LEAST`."""
     from flwr_datasets.partitioner import DirichletPartitioner
 
     for least in (ENOUGH, LEAST):
@@ -144,7 +146,7 @@ def dirichlet(spec: str, alpha: float, table: datasets.Dataset, clients: int, se
 
 
 def natural(pool: Pool, spec: str, column: str, clients: int | None) -> dict[str, np.ndarray]:
-    """One client a value; its id is the value, with all that a file name should not hold as %XX."""
+    """One client for each value. Its id is the value; characters that a file name should not hold become %XX."""
     from flwr_datasets.partitioner import GroupedNaturalIdPartitioner
 
     if column not in pool.table.column_names:
@@ -158,21 +160,21 @@ def natural(pool: Pool, spec: str, column: str, clients: int | None) -> dict[str
     if clients not in (None, len(names)):
         raise FedtriError(f'clients: column "{column}" holds {len(names)} clients, got {clients}; leave clients out')
     table = datasets.Dataset.from_dict({"row": np.arange(len(ids)), "client": ids})
-    # Groups of one: NaturalIdPartitioner itself prints a progress bar.
+    # Groups of one client, because NaturalIdPartitioner itself prints a progress bar.
     parts = load(GroupedNaturalIdPartitioner("client", 1, sort_unique_ids=True), table, len(names))
     return dict(zip(names, parts, strict=True))
 
 
 def load(partitioner: Any, table: datasets.Dataset, count: int) -> list[np.ndarray]:
-    """The pool's row indices in every part; what flwr-datasets warns of is left to our own checks."""
-    # [:] here and elsewhere: a column of `datasets` iterated is decoded cell by cell, 20 times slower
+    """The pool's row indices in every part. Warnings of flwr-datasets are silenced: our own checks cover them."""
+    # [:] here and elsewhere: to iterate over a column of `datasets` decodes it cell by cell, 20 times slower
     partitioner.dataset = table
     with warnings.catch_warnings(action="ignore"):
         return [np.asarray(partitioner.load_partition(part)["row"][:]) for part in range(count)]
 
 
 def number(spec: str, text: str, kind: type[N], expected: str, fits: Callable[[N], bool]) -> N:
-    """The number after the colon."""
+    """The number after the colon. Raises FedtriError if it is none, or does not fit."""
     try:
         value = kind(text)
     except ValueError:

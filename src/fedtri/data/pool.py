@@ -1,6 +1,6 @@
-"""What every source becomes: one table whose columns have been given roles and checked, before it is dealt out.
+"""The pool: one table of all examples, with checked columns, before the examples are dealt to clients.
 
-A task decides which roles it needs; the functions here find a role's column, check it, and make the pool.
+A task says which roles it needs. The functions here find the column of a role, check it, and make the pool.
 """
 
 from collections.abc import Collection, Hashable, Mapping
@@ -26,49 +26,49 @@ ROLES: dict[str, tuple[str, ...]] = {
     "tags": ("tags", "ner_tags", "pos_tags"),
     "image": ("image",),
 }
-"""What a column may be to a task, and the names it is looked for under where [columns] does not say."""
+"""The roles that a column may have in a task, and the names that are looked for if [columns] gives none."""
 
 
 @dataclass(frozen=True)
 class Pool:
     """All examples of a federation before they are dealt to clients.
 
-    `table` has a column for each role that the task uses, under the role's name; "label" is int64, an index into
-    `label_names`. The source's further columns keep their names, for natural partitions.
+    `table` has a column for each role that the task uses, under the role's name. "label" is int64, an index into
+    `label_names`. The other columns of the source keep their names; natural partitions use them.
     """
 
     name: str
     table: datasets.Dataset
     label_names: tuple[str, ...] = ()
-    """The names of the classes (or of words' tags, or of domains); empty where there are none."""
+    """The names of the classes (or of words' tags, or of domains); empty if there are none."""
 
     @property
     def labels(self) -> Int[np.ndarray, "rows"] | None:
-        """The class of each example; None where an example as a whole has none."""
+        """The class of each example; None if examples have no class."""
         return np.asarray(self.table["label"][:]) if "label" in self.table.column_names else None
 
 
 @dataclass(frozen=True)
 class Source:
-    """A table as it was found, and which of its columns are meant."""
+    """A table as it was found, and which of its columns has which role."""
 
     name: str
     where: str
-    """The file, folder or hub name that errors point to."""
+    """The file, folder or hub name, for error messages."""
     table: pa.Table
     columns: Mapping[str, str] = field(default_factory=dict)
-    """The column of each role that is not where its role's default is."""
+    """The column of each role whose column does not have the default name."""
     names: Mapping[str, Mapping[Any, str]] = field(default_factory=dict)
-    """By column, the name of each value in the order of the ids; others: the distinct values in sorted order."""
+    """For a column: the name of each value, in the order of the ids. Other columns: the distinct values, sorted."""
     limit: int | None = None
-    """At most so many examples, drawn with `seed`."""
+    """The largest number of examples, drawn with `seed`; None: all."""
     seed: int = 0
     classes: tuple[str, ...] = ()
-    """All classes of a federation in the order of their ids, where the table is one site's share of its data."""
+    """If the table is one site's part: all classes of the federation, in the order of their ids."""
 
 
 def column(source: Source, role: str) -> str:
-    """The column of a role. Raises FedtriError where there is none."""
+    """The column of a role. Raises FedtriError if there is none."""
     name = optional(source, role)
     if name is None:
         raise FedtriError(
@@ -79,7 +79,7 @@ def column(source: Source, role: str) -> str:
 
 
 def optional(source: Source, role: str) -> str | None:
-    """The column of a role, None where there is none. Raises FedtriError where the one asked for is not there."""
+    """The column of a role; None if there is none. Raises FedtriError if [columns] names one that is missing."""
     found = source.table.column_names
     if (name := source.columns.get(role)) is None:
         return next((name for name in ROLES[role] if name in found), None)
@@ -91,7 +91,7 @@ def optional(source: Source, role: str) -> str | None:
 
 
 def texts(source: Source, role: str) -> pa.ChunkedArray:
-    """A role's column of texts, each of which has content."""
+    """A role's column of texts. Raises FedtriError if it holds something else, or a text is empty."""
     name = column(source, role)
     values = source.table[name]
     if not (pa.types.is_string(values.type) or pa.types.is_large_string(values.type)):
@@ -106,7 +106,7 @@ def texts(source: Source, role: str) -> pa.ChunkedArray:
 
 
 def labels(source: Source, name: str) -> tuple[np.ndarray, tuple[str, ...]]:
-    """A column's label ids (rows,) and the names of the labels."""
+    """A column's label ids (rows,) and the names of the labels. Raises FedtriError for a row without a known label."""
     values = source.table[name].to_pylist()
     for row, value in enumerate(values, start=1):
         if value is None or value == "" or value != value or not isinstance(value, Hashable):
@@ -115,7 +115,7 @@ def labels(source: Source, name: str) -> tuple[np.ndarray, tuple[str, ...]]:
                 f"whole number, got {value!r}; fill the row in or remove it, or name another columns.label"
             )
     names = source.names.get(name) or {value: str(value) for value in in_order(set(values))}
-    if source.classes:  # a site may hold some of them alone
+    if source.classes:  # a site may hold only some of them
         known = {text: value for value, text in names.items()}
         names = {known.get(text, text): text for text in source.classes}
     remedy = "correct the row, or network.labels at every end" if source.classes else "use a split that has labels"
@@ -129,7 +129,7 @@ def labels(source: Source, name: str) -> tuple[np.ndarray, tuple[str, ...]]:
 
 
 def in_order(values: set[Any]) -> list[Any]:
-    """Whole numbers by value, even where they are written as text; anything else in its own order."""
+    """The values, sorted: by value if all are whole numbers (also as text), else as text."""
     try:
         return sorted(values, key=lambda value: (int(value), str(value)))
     except (ValueError, OverflowError):
@@ -144,10 +144,18 @@ def made(
     *,
     classifies: bool = False,
 ) -> Pool:
-    """The pool of columns by role, of which the source's limit is drawn; the columns `used` for them are left out.
+    """The pool of these columns, and of all other columns of the source. At most `source.limit` examples are drawn.
 
-    Raises FedtriError for a limit below 2, and where the labels are what is learned (`classifies`) and the table is no
-    site's share, for fewer than two labels and for a label seen once.
+    Args:
+        source: The table.
+        columns: The checked column of each role.
+        used: The names of the source's columns that `columns` came from; they are left out.
+        label_names: The names of the classes.
+        classifies: Whether the labels are what is learned.
+
+    Raises:
+        FedtriError: For a limit below 2. If `classifies`, and the table is not one site's part: for fewer than two
+            labels, or a label with only one example.
     """
     further = [name for name in source.table.column_names if name not in {*columns, *used}]
     table = pa.table({**columns, **{name: source.table[name] for name in further}})
@@ -160,7 +168,7 @@ def made(
 
 
 def made_by_domain(source: Source, columns: Mapping[str, Any]) -> Pool:
-    """The pool of columns by role for a task that predicts no class; a "label", where there is one, is the domain."""
+    """The pool for a task that predicts no class. If there is a column "label", it is the domain of an example."""
     used = {optional(source, role) for role in columns}
     if (label := optional(source, "label")) is None:
         return made(source, columns, used)
@@ -169,7 +177,7 @@ def made_by_domain(source: Source, columns: Mapping[str, Any]) -> Pool:
 
 
 def sample(rows: int, limit: int, seed: int) -> np.ndarray:
-    """At most `limit` row numbers, ascending."""
+    """At most `limit` row numbers, ascending, drawn with `seed`. Raises FedtriError for a limit below 2."""
     if limit < 2:
         raise FedtriError(f"limit: expected at least 2 examples, got {limit}")
     chosen = np.random.default_rng(derive(seed, "limit")).permutation(rows)[:limit]
@@ -177,7 +185,7 @@ def sample(rows: int, limit: int, seed: int) -> np.ndarray:
 
 
 def _check_labels(source: Source, pool: Pool) -> None:
-    """At least two labels, none of them seen once: such a one cannot be both trained and tested."""
+    """Refuse fewer than two labels, and a label with one example: it cannot be both trained and tested."""
     names, labels = pool.label_names, pool.labels
     assert labels is not None
     counts = np.bincount(labels, minlength=len(names))

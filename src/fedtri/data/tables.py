@@ -1,7 +1,7 @@
-"""One file with named columns: CSV, TSV, JSON lines, JSON or Parquet, read anew each time.
+"""Reads one file with named columns: CSV, TSV, JSON lines, JSON or Parquet. Nothing is cached.
 
-A .csv quotes as RFC 4180 does. A .tsv does not quote at all (IANA text/tab-separated-values): a lone
-quotation mark would otherwise swallow the rows up to the next one.
+A .csv file quotes as in RFC 4180. A .tsv file does not quote at all (IANA text/tab-separated-values): otherwise one
+quotation mark would join all rows up to the next quotation mark.
 """
 
 import json
@@ -15,7 +15,7 @@ from fedtri.errors import FedtriError
 
 
 def read(path: Path) -> pa.Table:
-    """The table in a file; every cell of a CSV or TSV is text. Raises FedtriError where it cannot be read."""
+    """The table in a file. Every cell of a CSV or TSV file is text. Raises FedtriError if the file cannot be read."""
     if path.suffix.lower() not in READERS:
         raise FedtriError(f"{path}: expected a file ending in {', '.join(READERS)}; convert it to one of these")
     try:
@@ -28,7 +28,7 @@ def read(path: Path) -> pa.Table:
 
 
 def delimited(path: Path, delimiter: str, *, quoted: bool, names: Sequence[str] | None = None) -> pa.Table:
-    """A table whose cells are all text; the first row names the columns unless `names` does."""
+    """A table whose cells are all text. The first row names the columns, unless `names` is given."""
     parse = csv.ParseOptions(delimiter=delimiter, quote_char='"' if quoted else False, newlines_in_values=quoted)
     options = csv.ReadOptions(column_names=names)
     found = names or csv.open_csv(path, options, parse).schema.names
@@ -37,7 +37,7 @@ def delimited(path: Path, delimiter: str, *, quoted: bool, names: Sequence[str] 
 
 
 def json_lines(path: Path) -> pa.Table:
-    """One object a line; blank lines are skipped."""
+    """The table of a file with one JSON object in each line. Blank lines are skipped."""
     rows = []
     for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
         try:
@@ -48,12 +48,12 @@ def json_lines(path: Path) -> pa.Table:
 
 
 def json_array(path: Path) -> pa.Table:
-    """An array of objects."""
+    """The table of a file with one JSON array of objects."""
     return of_objects(json.loads(path.read_text(encoding="utf-8-sig")))
 
 
 def of_objects(rows: object) -> pa.Table:
-    """The union of the objects' keys as columns; a key that is absent is null."""
+    """A table with a column for every key of any object. A missing key is null."""
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError("expected objects whose keys are the columns")
     return pa.Table.from_struct_array(pa.array(rows, type=None if rows else pa.struct([])))
@@ -69,7 +69,7 @@ READERS: dict[str, Callable[[Path], pa.Table]] = {
 
 
 def first_line(path: Path) -> str:
-    """What a layout is recognised by, without a byte-order mark; "" where there is no such file."""
+    """The first line of a file, without a byte-order mark; "" if there is no such file."""
     if not path.is_file():
         return ""
     with path.open(encoding="utf-8-sig", errors="replace") as file:

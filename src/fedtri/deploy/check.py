@@ -19,12 +19,14 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from fedtri import config as configuration
-from fedtri.adapters.model import AdaptedModel
 from fedtri.config import Config
 from fedtri.deploy import examples, site
+from fedtri.deploy.terms import agreed
 from fedtri.errors import FedtriError
 from fedtri.methods import networked
-from fedtri.runs.simulation import choose_method, choose_task, client_ranks, load_model, start
+from fedtri.runs.opening import Data, Machine, Opened, initial, open_model, open_site
+from fedtri.runs.spec import Spec, method_of
+from fedtri.storage.client_store import ClientStore
 
 T = TypeVar("T")
 SECONDS = 10.0
@@ -59,7 +61,7 @@ def check(place: Place) -> Iterator[Finding]:
     config, node = settings
     model = yield from _found("model", lambda: _model(config, node))
     if model is not None:
-        yield from _found("data", lambda: _data(config, node, model))
+        yield from _found("data", lambda: _data(config, node, *model))
 
 
 def _found(what: str, look: Callable[[], tuple[str, T]]) -> Generator[Finding, None, T | None]:
@@ -77,7 +79,7 @@ def _settings(place: Place) -> tuple[str, tuple[Config, site.Node]]:
     path = place.folder / "node.toml"
     node = site.node_of(configuration.read(path), str(path))
     config = site.configured(place.federation, {}, node)
-    networked(choose_method(config))
+    networked(method_of(config))
     if node.client not in config.network.clients:
         raise FedtriError(
             f"{path}: client {node.client!r} is not among network.clients of {place.federation}: "
@@ -153,20 +155,21 @@ def _server(place: Place) -> tuple[str, None]:
     return f"{place.server} answers, its certificate is good for {days} days", None
 
 
-def _model(config: Config, node: site.Node) -> tuple[str, tuple[AdaptedModel, object]]:
+def _model(config: Config, node: site.Node) -> tuple[str, tuple[Spec, Opened]]:
     """The model can be loaded with the federation's adapters in it."""
-    rank = client_ranks(config.rank, sorted(config.network.clients), config.seed)[node.client]
-    adapted, processor, head = load_model(config, tuple(config.network.labels))
-    start(config, adapted, head, networked(choose_method(config)).adapter.basis, rank)
-    return f"{config.model} on {adapted.device}, {len(adapted.layout.layers)} layers adapted", (adapted, processor)
+    spec = agreed(config)
+    opened = open_model(spec, Machine.of(config))
+    initial(spec, opened, spec.scales.ranks[node.client])
+    return f"{config.model} on {opened.adapted.device}, {len(spec.layout.layers)} layers adapted", (spec, opened)
 
 
-def _data(config: Config, node: site.Node, model: tuple[AdaptedModel, object]) -> tuple[str, None]:
+def _data(config: Config, node: site.Node, spec: Spec, opened: Opened) -> tuple[str, None]:
     """The data can be read, and there is enough to train and to test on; they are tokenised for the first round."""
-    recipe, (_, processor) = choose_task(config), model
-    found = examples.load(config, node.client, Path(node.state) / "cache", recipe, processor)
+    found = examples.load(config, node.client, Path(node.state) / "cache", spec.recipe, opened.processor)
+    data = Data(found.examples, {node.client: found.split})
+    open_site(spec, Machine.of(config), opened, data, ClientStore(Path(node.state)))
     sizes = f"{len(found.split.train)} examples to train, {len(found.split.test)} to test on"
-    labels, names = found.examples.labels, config.network.labels
+    labels, names = found.examples.labels, spec.labels
     if labels is None or not names:
         return f"{config.data}: {sizes}", None
     counts = np.bincount(labels, minlength=len(names))

@@ -10,10 +10,12 @@ from typing import Any, get_args, get_type_hints
 
 import numpy as np
 
+from fedtri import atomic
 from fedtri.config import Config
 from fedtri.data.partition import Split
 from fedtri.errors import FedtriError
-from fedtri.storage.client_store import write_atomic
+from fedtri.runs.spec import columns_of
+from fedtri.storage.run_directory import LAYOUT
 from fedtri.tasks import Examples, Recipe
 
 
@@ -44,6 +46,7 @@ def load(config: Config, client: str, cache: Path, recipe: Recipe, processor: An
 def digest(config: Config, client: str) -> str:
     """A name that changes with the data, the model's files and what the examples and the sketch are made with."""
     said = {
+        "layout": LAYOUT,
         "client": client,
         "files": [_state(config.data), _state(config.model)],
         "task": [config.task, config.task_options, config.columns.model_dump(), config.max_length],
@@ -81,10 +84,9 @@ def whole(kind: type[Any], table: Mapping[str, np.ndarray], prefix: str) -> Any:
 
 def _made(config: Config, recipe: Recipe, processor: Any) -> Examples:
     from fedtri.data import load_pool  # 1 s to import, and only the first call needs it
-    from fedtri.runs.simulation import columns
 
     pool = load_pool(
-        config.data, recipe.pool, columns=columns(config), limit=config.data_options.limit, seed=config.seed,
+        config.data, recipe.pool, columns=columns_of(config), limit=config.data_options.limit, seed=config.seed,
         classes=config.network.labels,
     )  # fmt: skip
     if list(pool.label_names) != config.network.labels:
@@ -105,7 +107,7 @@ def _split(config: Config, client: str, rows: int) -> Split:
 def _write(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)  # pyright: ignore[reportArgumentType]
-    write_atomic(path, buffer.getvalue())
+    atomic.write_bytes(path, buffer.getvalue())
 
 
 def _state(name: str) -> list[object]:

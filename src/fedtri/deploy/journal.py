@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
+from fedtri import atomic
 from fedtri.errors import FedtriError
 from fedtri.messages import Phase
 from fedtri.storage.checkpoint import KEPT
-from fedtri.storage.client_store import ClientStore, Saved, write_atomic
+from fedtri.storage.client_store import ClientStore, Saved
 
 Moment = tuple[int, int]
 """(rounds finished, 0 after training or 1 after delivery): the order in which a client's state changes."""
@@ -66,7 +67,7 @@ class Journal:
             {"round": round, "delivered": part, "files": {name: asdict(saved) for name, saved in files.items()}}
             for (round, part), files in sorted(self.states.items())
         ]
-        write_atomic(self.path, json.dumps(rows).encode())
+        atomic.write_bytes(self.path, json.dumps(rows).encode())
 
 
 def _read(path: Path) -> dict[Moment, dict[str, Saved]]:

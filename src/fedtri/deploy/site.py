@@ -12,23 +12,21 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
 
-from fedtri.communication import codec
-from fedtri.communication.feedback import rounded
+from fedtri import atomic
 from fedtri.communication.flower_calls import Called, SiteError
-from fedtri.communication.sealed import Terms
-from fedtri.config import Columns, Config, Strict
+from fedtri.config import ClientName, Columns, Config, Strict
 from fedtri.config.strict import complaint
 from fedtri.deploy import examples
 from fedtri.deploy.journal import Journal, moment
-from fedtri.deploy.terms import common, fingerprint
+from fedtri.deploy.terms import agreed, common
 from fedtri.errors import FedtriError
 from fedtri.federation import client
-from fedtri.messages import Phase, Reply, Request, Sketch
+from fedtri.messages import Reply, Request
 from fedtri.methods import networked
-from fedtri.runs.simulation import choose_method, choose_task, client_ranks, build_executor, fresh, load_model, optimization, start
+from fedtri.runs.opening import Data, Machine, open_model, open_site
+from fedtri.runs.spec import Spec, method_of
 from fedtri.similarity import sketches
-from fedtri.state import Scales
-from fedtri.storage.client_store import ClientStore, write_atomic
+from fedtri.storage.client_store import ClientStore
 
 LOG = logging.getLogger("flwr")
 
@@ -36,11 +34,11 @@ LOG = logging.getLogger("flwr")
 class Node(Strict):
     """A site's own settings: what `flower-supernode --node-config FILE.toml` reads.
 
-    `client` is the name its key is registered under; `state` a folder that only this site can read. The process with
-    the model waits `keep_warm` seconds for the next task; 0 has every task load the model anew.
+    `client` is the name under which its key is registered, `state` a folder that only this site can read. The process
+    with the model waits `keep_warm` seconds for the next request; at 0 every request loads the model anew.
     """
 
-    client: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+    client: ClientName
     data: str
     state: str
     model: str | None = None
@@ -51,15 +49,13 @@ class Node(Strict):
 
 @dataclass(frozen=True)
 class Opened:
-    """A site ready to answer: what client_update needs, but for the client's files, and the site's settings."""
+    """A site ready to answer, but for its client's files, which differ from run to run."""
 
     node: Node
-    config: Config
+    spec: Spec
     site: client.Site
     sketch: Path
     """Where its sketch is kept, once it is made."""
-    features: int
-    """Numbers of the feature that stands for an example in a sketch."""
 
 
 def node_of(values: Mapping[str, object], where: str = "node config") -> Node:
@@ -84,40 +80,26 @@ def configured(path: Path, run_config: Mapping[str, object], node: Node) -> Conf
     return config.model_copy(update=own | ({"model": node.model} if node.model is not None else {}))
 
 
-def open_site(config: Config, node: Node) -> Opened:
+def open_node(config: Config, node: Node) -> Opened:
     """Model, data and method of a site. Raises SiteError that names the stage."""
+    machine = Machine.of(config)
     with stage("reading its configuration"):
-        method, recipe = networked(choose_method(config)), choose_task(config)
-        ranks = client_ranks(config.rank, sorted(config.network.clients), config.seed)
-        if node.client not in ranks:
-            raise FedtriError(f"network.clients: {node.client} is not among {', '.join(sorted(ranks))}; add it")
-        rank = ranks[node.client]
+        networked(method_of(config))
+        if node.client not in (clients := config.network.clients):
+            raise FedtriError(f"network.clients: {node.client} is not among {', '.join(sorted(clients))}; add it")
     with stage("loading its model"):
-        adapted, processor, head = load_model(config, tuple(config.network.labels))
-        initial = start(config, adapted, head, method.adapter.basis, rank)
+        spec = agreed(config)
+        opened = open_model(spec, machine)
     with stage("reading its data"):
-        found = examples.load(config, node.client, Path(node.state) / "cache", recipe, processor)
-    task, ranked = recipe.learning(config.network.labels, processor), {node.client: rank}
-    site = client.Site(
-        executor=build_executor(config, adapted, task, found.examples),
-        method=method,
-        splits={node.client: found.split},
-        scales=Scales(config.lora_alpha, ranked),
-        optimization=optimization(config),
-        initial=lambda _: initial,
-        fresh=fresh(config, adapted.layout, ranked),
-        store=ClientStore(Path(node.state)),
-        seed=config.seed,
-        labels=found.examples.labels,
-        label_count=task.classes,
-        evaluate=config.evaluate,
-        validate=config.early_stopping.patience is not None,
-    )
-    return Opened(node, config, site, found.sketch, task.feature_size(adapted.model))
+        found = examples.load(config, node.client, Path(node.state) / "cache", spec.recipe, opened.processor)
+        data = Data(found.examples, {node.client: found.split})
+        site = open_site(spec, machine, opened, data, ClientStore(Path(node.state)))
+    LOG.info("fedtri: %s", site.executor.describe())
+    return Opened(node, spec, site, found.sketch)
 
 
 class Office:
-    """A site that answers calls; what one call has opened serves the next until configuration, model or data change."""
+    """A site that answers calls. What one call opens serves the next, until configuration, model or data change."""
 
     def __init__(self, loading: Callable[[bool], None] = lambda now: None) -> None:
         self._loading = loading
@@ -140,55 +122,44 @@ class Office:
             self._loading(True)
             try:
                 self._open = None  # the old model goes before the new one comes
-                self._open = name, open_site(config, node)
+                self._open = name, open_node(config, node)
             finally:
                 self._loading(False)
         return self._open[1]
 
 
 def respond(opened: Opened, call: Called) -> bytes:
-    """The reply's buffer of an open site."""
-    site, config, name = opened.site, opened.config, opened.node.client
-    terms = Terms(site.executor.layout, config.wire.dtype, config.wire.norm_bound, fingerprint(config), call.run)
-    with stage("reading the task"):
-        kinds = site.method.plan(0).down | site.method.plan(1).down
-        said = terms.decode(call.data, name, site.scales.ranks[name], kinds)
-        task = Request(said.phase, said.round, name, said.factors)
+    """The reply's buffer of an open site. Raises SiteError that names the stage."""
+    name, codec = opened.node.client, opened.spec.codec.for_run(call.run)
+    with stage("reading the request"):
+        request = codec.read_request(call.data, name)
         journal = Journal(Path(opened.node.state) / "runs" / call.run.hex())
-    LOG.info("fedtri: %s: %s, round %d", name, task.phase, task.round + 1)
-    with stage(f"at work on {task.phase}"):
-        if task.phase == "sketch":
-            return _send(terms, task.phase, _sketched(opened, task))
-        when = moment(task.phase, task.round)
+    LOG.info("fedtri: %s: %s, round %d", name, request.phase, request.round + 1)
+    with stage(f"at work on {request.phase}"):
+        if request.phase == "sketch":
+            return codec.write_reply(_sketched(opened, request), request.phase, opened.site.store)
+        when = moment(request.phase, request.round)
         store = journal.before(when)
-        (reply,) = client.client_update(replace(site, store=store), [task])
-        data = _send(terms, task.phase, rounded(store, reply, config.wire.dtype))
+        (reply,) = client.client_update(replace(opened.site, store=store), [request])
+        data = codec.write_reply(reply, request.phase, store)
         journal.commit(when, store)
     return data
 
 
-def _send(terms: Terms, phase: Phase, reply: Reply) -> bytes:
-    message = codec.Message(
-        phase, reply.round, reply.up, reply.num_examples, reply.metrics,
-        b"" if reply.sketch is None else sketches.encode(reply.sketch),
-    )  # fmt: skip
-    return terms.encode(message, reply.client)
-
-
-def _sketched(opened: Opened, task: Request) -> Reply:
+def _sketched(opened: Opened, request: Request) -> Reply:
     """The sketch kept on disk, or a new one, which is kept."""
-    site, name = opened.site, opened.node.client
+    site, name, size = opened.site, opened.node.client, opened.spec.sketch
     if opened.sketch.exists():
-        found: Sketch | None = sketches.decode(opened.sketch.read_bytes(), classes=site.label_count, d=opened.features)
-        return Reply(name, task.round, {}, len(site.splits[name].train), {}, found)
-    (reply,) = client.client_update(site, [task])
+        found = sketches.decode(opened.sketch.read_bytes(), classes=size.classes, d=size.features)
+        return Reply(name, request.round, {}, len(site.splits[name].train), {}, found)
+    (reply,) = client.client_update(site, [request])
     assert reply.sketch is not None
-    write_atomic(opened.sketch, sketches.encode(reply.sketch))
+    atomic.write_bytes(opened.sketch, sketches.encode(reply.sketch))
     return reply
 
 
 class stage:  # noqa: N801
-    """Whatever fails inside is logged here, at the site, and leaves as a SiteError with the stage's name alone."""
+    """What fails inside is logged here, at the site; the server hears by a SiteError of the stage's name alone."""
 
     def __init__(self, name: str) -> None:
         self.name = name

@@ -1,24 +1,17 @@
-"""The configuration that both ends of a network run share, and the digest that says it is the same."""
+"""What both ends of a network run derive from federation.toml: the configuration, and the Spec."""
 
-import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from fedtri import config as configuration
 from fedtri.config import Config
 from fedtri.errors import FedtriError
-from fedtri.runs.simulation import choose_task
-
-OWN = {
-    "model", "data", "device", "out", "clients", "partition", "data_options", "simulation", "columns", "rounds",
-    "transport",
-}  # fmt: skip
-"""Keys in which the ends may differ, and rounds, which may be raised when a run is resumed."""
+from fedtri.methods import networked
+from fedtri.runs.spec import Spec, spec_of, task_of
 
 
 def common(path: Path, run_config: Mapping[str, object]) -> Config:
-    """The federation's configuration: its file, and over it what `flwr run --run-config` gives that is not empty.
+    """The federation's configuration: its file, overridden by what `flwr run --run-config` gives that is not empty.
 
     Raises FedtriError where the file does not say who takes part or which classes there are.
     """
@@ -26,7 +19,7 @@ def common(path: Path, run_config: Mapping[str, object]) -> Config:
     config = configuration.load(path, (), **given)  # pyright: ignore[reportArgumentType]
     if config.labels == "own":
         raise FedtriError(f'{path}: labels: "own" exists in one process only; leave it out')
-    for key, least in (("clients", 2), ("labels", 2 if choose_task(config).classifies else 0)):
+    for key, least in (("clients", 2), ("labels", 2 if task_of(config).classifies else 0)):
         found = getattr(config.network, key)
         if len(found) < least or len(set(found)) < len(found):
             raise FedtriError(f"{path}: network.{key}: expected at least {least} names, each once, got {found}")
@@ -38,8 +31,11 @@ def common(path: Path, run_config: Mapping[str, object]) -> Config:
     return config
 
 
-def fingerprint(config: Config) -> bytes:
-    """8 bytes that differ where method, schema of the wire or any setting that both ends use differs."""
-    table = config.model_dump(exclude=OWN)
-    table["network"] = {"labels": config.network.labels}
-    return hashlib.blake2b(json.dumps(table, sort_keys=True).encode(), digest_size=8).digest()
+def agreed(config: Config) -> Spec:
+    """The Spec of a network run, which is the same at both ends.
+
+    Raises FedtriError in one line, for a method that exists in simulation only too.
+    """
+    spec = spec_of(config, config.network.clients, config.network.labels)
+    networked(spec.method)
+    return spec

@@ -10,7 +10,6 @@ from fedtri.execution.reference import ReferenceExecutor
 from fedtri.tasks import Examples, LearningTask
 
 
-
 def build(
     adapted: AdaptedModel,
     task: LearningTask,
@@ -41,4 +40,6 @@ def build(
     if name == "reference":
         return ReferenceExecutor(adapted, task, examples, token_budget, recomputation)
     beside = 1 if adapted.quantised or adapted.layout.backbone else group
-    return ReferenceExecutor(adapted, task, examples, token_budget, recomputation, beside, f"{reason}, so clients share no pass")
+    return ReferenceExecutor(
+        adapted, task, examples, token_budget, recomputation, beside, f"{reason}, so clients share no pass"
+    )

@@ -84,7 +84,7 @@ class Executor(Protocol):
         ...
 
     def describe(self) -> str:
-        """One line on how clients are executed, and why not faster where they are not."""
+        """One line for the log and summary.json: which executor this is, and why no faster one."""
         ...
 
     def train(

@@ -55,7 +55,12 @@ def steps(learning: Mapping[Key, nn.Parameter], work: Training, how: Optimizatio
         parameters, lr=how.learning_rate, betas=how.betas, weight_decay=how.weight_decay, fused=True
     )
     return Steps(
-        parameters, towards if work.proximal else [], work.proximal, how.clip, optimizer, _schedule(optimizer, work, how)
+        parameters,
+        towards if work.proximal else [],
+        work.proximal,
+        how.clip,
+        optimizer,
+        _schedule(optimizer, work, how),
     )
 
 

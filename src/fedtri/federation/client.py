@@ -11,12 +11,12 @@ from fedtri.adapters.layout import Factors, only
 from fedtri.data.partition import Split
 from fedtri.execution.executor import ClientModel, Executor, OnStep, Optimization, Rows, Scoring, Training
 from fedtri.execution.workers import Worker, side_by_side
-from fedtri.messages import Reply, Request, Sketch
+from fedtri.messages import POOLED, Reply, Request, Sketch
 from fedtri.method import Method, Plan, Trained
 from fedtri.seeds import derive
 from fedtri.similarity import sketches
 from fedtri.state import Scales
-from fedtri.storage.client_store import ClientStore
+from fedtri.storage.client_store import ClientStore, beside
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,11 @@ class Site:
     """Whether the validation split is scored too (early stopping needs it)."""
     on_step: OnStep = lambda client, step, loss: None
 
+    @property
+    def clients(self) -> list[str]:
+        """The clients' names, sorted, without the pseudo-client."""
+        return sorted(client for client in self.splits if client != POOLED)
+
     def model(self, client: str, factors: Factors) -> ClientModel:
         """A client's model with these tensors."""
         rank = self.scales.ranks[client]
@@ -66,11 +71,6 @@ def received(site: Site, request: Request) -> Factors:
     """The client's own tensors with what came down in them, as the method has it."""
     own = site.kept(request.client)
     return site.method.receive(own, request.down, partial(site.fresh, request.client, request.round))
-
-
-def memory_id(client: str, name: str) -> str:
-    """The name under which a client's tensors of this name are kept beside its own."""
-    return f"{client}.{name}"
 
 
 @dataclass(frozen=True)
@@ -111,12 +111,12 @@ class Home:
 
     def memory(self, name: str) -> list[Factors | None]:
         """See `LocalRound`."""
-        return [self.site.store.load(memory_id(client, name)) for client in self.clients]
+        return [self.site.store.load(beside(client, name)) for client in self.clients]
 
     def remember(self, name: str, factors: Sequence[Factors]) -> None:
         """See `LocalRound`."""
         for client, own in zip(self.clients, factors, strict=True):
-            self.site.store.save(memory_id(client, name), own, _trained(self.round))
+            self.site.store.save(beside(client, name), own, _trained(self.round))
 
     def _seed(self, client: str, purpose: str) -> int:
         seed = derive(self.site.seed, "batches", self.round, client)

@@ -1,21 +1,18 @@
-"""The round loop: sketch newcomers, train, aggregate, deliver and evaluate; one line and one checkpoint a round."""
+"""The round loop: sketch newcomers, train, aggregate, deliver and evaluate; it yields a line and a state a round."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fedtri.aggregation import fidelity
 from fedtri.errors import FedtriError
 from fedtri.federation import server
-from fedtri.messages import POOLED, Answer, Failure, Phase, Transport
+from fedtri.federation.record import OnPhase, Record
+from fedtri.messages import POOLED, Answer, Transport
 from fedtri.method import Method
-from fedtri.state import ServerState
-
-LOGGED_CLIENTS = 100
-OWN_METRICS = {"loss", "accuracy", "train_loss", "validation_loss", "loss_personal", "accuracy_personal"}
-"""Those that have a place of their own in a line of rounds.jsonl."""
-LOWER_IS_BETTER = {"perplexity"}
+from fedtri.metrics import VALIDATION_LOSS, Phase
+from fedtri.state import Scales, ServerState
 
 
 @dataclass(frozen=True)
@@ -24,12 +21,14 @@ class Schedule:
 
     rounds: int
     fraction: float = 1.0
+    """The share of the clients that take part in a round."""
     seed: int = 0
     evaluate: bool = True
+    """Whether every round ends with an evaluation; the last one always does."""
     patience: int | None = None
     """Stop when the mean validation loss has not improved for this many rounds."""
     quorum: int = 1
-    """Usable replies without which a round is not closed."""
+    """The replies that a round needs to close."""
     attempts: int = 1
     """How often a round that misses its quorum is tried before the run stops."""
 
@@ -47,170 +46,86 @@ class Progress:
 def run(
     method: Method,
     transport: Transport,
-    expected: server.Expectation,
+    scales: Scales,
     schedule: Schedule,
     *,
     state: ServerState | None = None,
     history: Sequence[Mapping[str, Any]] = (),
-    on_phase: Callable[[int, Phase, Sequence[str]], None] = lambda round, phase, clients: None,
+    on_phase: OnPhase = lambda round, phase, clients: None,
 ) -> Iterator[Progress]:
-    """Run the rounds that are left after `state`; `history` holds the lines of the rounds before it."""
-    state = (state or ServerState()).with_(scales=expected.scales)
+    """Run the rounds that are left.
+
+    Args:
+        method: What travels, and how replies become the next state.
+        transport: Carries requests to clients; its answers are checked already.
+        scales: Each client's rank and scale, which are not in a checkpoint.
+        schedule: How many rounds, and who takes part.
+        state: The state of an earlier run to go on from; None: from the beginning.
+        history: The lines of the rounds before `state`.
+        on_phase: Called before the clients of a phase are asked.
+
+    Raises:
+        FedtriError: Where a round misses its quorum as often as it may be tried.
+    """
+    state = (state or ServerState()).with_(scales=scales)
     lines, missed = list(history), 0
-    record = _Round(method, transport, on_phase, state.round)
+    record = Record(transport, state.round, on_phase)
     while state.round < schedule.rounds and not _enough(lines, schedule.patience):
         clients = transport.clients()
-        record = record if missed else _Round(method, transport, on_phase, state.round)
+        if not missed:
+            record = Record(transport, state.round, on_phase)
         chosen = server.sample(clients, schedule.fraction, state.round, schedule.seed)
-        if method.welcome is not None and (new := [c for c in chosen if c not in state.sketches]):
-            state = server.sketched(method, state, [a.reply for a in record.ask(state, new, "sketch")])
-        ready = [c for c in chosen if c in state.sketches] if method.welcome is not None else chosen
-        trained = record.ask(state, [POOLED] if method.plan(state.round).pooled else ready, "train")
-        began = time.perf_counter()
-        replies, refused = server.accept([a.reply for a in trained], method.plan(state.round).up, expected)
-        if len(replies) < schedule.quorum:
+        state = _welcomed(method, state, chosen, record)
+        trained = _ask(method, state, _trainees(method, state, chosen), "train", record)
+        if len(trained) < schedule.quorum:
             missed += 1
             if missed >= schedule.attempts:
-                raise FedtriError(record.shortage(len(replies), schedule.quorum, refused))
+                raise FedtriError(record.shortage(len(trained), schedule.quorum))
             continue
         missed = 0
-        state = server.delivered(state, [a.reply.client for a in trained])
-        before, state = state, server.server_step(method, state, replies)
-        more = matrices(state) | fidelity.logged(before, state, replies)
+        began = time.perf_counter()
+        replies = [answer.reply for answer in trained]
+        before = _delivered(state, trained)
+        state = server.server_step(method, before, replies)
+        lossless = fidelity.logged(before, state, replies)
         record.seconds["aggregate"] += time.perf_counter() - began
-        last = state.round >= schedule.rounds
-        after: list[Answer] = []
+        last, evaluated = state.round >= schedule.rounds, list[Answer]()
         if schedule.evaluate or last:
-            after = record.ask(state, clients if last else chosen, "evaluate")
-            state = server.delivered(state, [a.reply.client for a in after])
-        line = record.line(chosen, trained, after, refused) | more
+            evaluated = _ask(method, state, clients if last else chosen, "evaluate", record)
+            state = _delivered(state, evaluated)
+        line = record.line(chosen, trained, evaluated, state) | lossless
         if not last and _enough([*lines, line], schedule.patience) and len(chosen) < len(clients):
-            rest = record.ask(state, sorted(set(clients) - set(chosen)), "evaluate")
-            state = server.delivered(state, [a.reply.client for a in rest])
-            line = record.line(chosen, trained, after + rest, refused) | more
+            others = _ask(method, state, sorted(set(clients) - set(chosen)), "evaluate", record)
+            state = _delivered(state, others)
+            line = record.line(chosen, trained, evaluated + others, state) | lossless
         lines.append(line)
         yield Progress(state.round, line, state, last or _enough(lines, schedule.patience))
 
 
-class _Round:
-    """One round's exchanges, with their bytes and seconds."""
-
-    def __init__(
-        self,
-        method: Method,
-        transport: Transport,
-        on_phase: Callable[[int, Phase, Sequence[str]], None],
-        round: int,
-    ) -> None:
-        self.method, self.transport, self.on_phase, self.round = method, transport, on_phase, round
-        self.up: dict[str, int] = {}
-        self.down: dict[str, int] = {}
-        self.sketch: dict[str, int] = {}
-        self.latency: dict[str, dict[str, float]] = {}
-        self.failed: dict[str, str] = {}
-        self.refused: list[str] = []
-        self.retries: dict[str, int] = {}
-        self.seconds = {"sketch": 0.0, "train": 0.0, "aggregate": 0.0, "evaluate": 0.0}
-
-    def ask(self, state: ServerState, clients: Sequence[str], phase: Phase) -> list[Answer]:
-        self.on_phase(self.round, phase, clients)
-        began = time.perf_counter()
-        found = self.transport.exchange(server.requests(self.method, state, clients, state.round, phase))
-        self.seconds[phase] += time.perf_counter() - began
-        answers = [one for one in found if isinstance(one, Answer)]
-        for answer in answers:
-            client = answer.reply.client
-            up = self.sketch if phase == "sketch" else self.up
-            up[client] = up.get(client, 0) + answer.up
-            self.down[client] = self.down.get(client, 0) + answer.down
-            if answer.seconds is not None:
-                self.latency.setdefault(client, {})[phase] = round(answer.seconds, 3)
-            self._asked_again(client, answer.retries)
-        for failure in (one for one in found if isinstance(one, Failure)):
-            if failure.refused:
-                self.refused.append(failure.reason)
-            else:
-                self.failed[failure.client] = failure.reason
-            self._asked_again(failure.client, failure.retries)
-        return sorted(answers, key=lambda answer: answer.reply.client)
-
-    def _asked_again(self, client: str, times: int) -> None:
-        if times:
-            self.retries[client] = self.retries.get(client, 0) + times
-
-    def shortage(self, usable: int, quorum: int, refused: Sequence[str]) -> str:
-        """Why the round cannot be closed."""
-        what = f"{usable} replies can be used, expected at least {quorum}" if usable else "no reply can be used"
-        reasons = [*refused, *self.refused, *self.failed.values()]
-        return "; ".join([f"round {self.round + 1}: {what}", *reasons[:3]])
-
-    def line(
-        self,
-        chosen: Sequence[str],
-        trained: Sequence[Answer],
-        after: Sequence[Answer],
-        refused: Sequence[str],
-    ) -> dict[str, Any]:
-        train_loss = metric(trained, "train_loss")
-        line: dict[str, Any] = {
-            "round": self.round + 1,
-            "clients": list(chosen),
-            "loss": sum(train_loss.values()) / len(train_loss) if train_loss else None,
-            "accuracy": spread(metric(after, "accuracy")),
-            "accuracy_local": spread(metric(trained, "accuracy")),
-            **({"accuracy_personal": spread(personal)} if (personal := metric(trained, "accuracy_personal")) else {}),
-            "test_loss": spread(metric(after, "loss"), higher_is_better=False),
-            "test_loss_local": spread(metric(trained, "loss"), higher_is_better=False),
-            "bytes": {"up": self.up, "down": self.down, **({"sketch": self.sketch} if self.sketch else {})},
-            "seconds": {name: round(value, 4) for name, value in self.seconds.items()},
-        }
-        if more := further_metrics(trained, after):
-            line["metrics"] = more
-        if validation := metric(after, "validation_loss"):
-            line["validation_loss"] = sum(validation.values()) / len(validation)
-        if refused := [*refused, *self.refused]:
-            line["refused"] = refused
-        for name in ("failed", "latency", "retries"):
-            if said := getattr(self, name):
-                line[name] = said
-        return line
+def _ask(method: Method, state: ServerState, clients: Sequence[str], phase: Phase, record: Record) -> list[Answer]:
+    return record.ask(server.requests(method, state, clients, state.round, phase), phase)
 
 
-def metric(answers: Sequence[Answer], name: str) -> dict[str, float]:
-    """This metric of each client that reported it."""
-    return {a.reply.client: a.reply.metrics[name] for a in answers if name in a.reply.metrics}
+def _delivered(state: ServerState, answers: Sequence[Answer]) -> ServerState:
+    """The state after these clients were sent what was theirs."""
+    return server.delivered(state, [answer.reply.client for answer in answers])
 
 
-def further_metrics(trained: Sequence[Answer], after: Sequence[Answer]) -> dict[str, Any]:
-    """What clients report beyond losses and accuracy: NAME after aggregation, NAME_local after local training."""
-    table = {}
-    for answers, suffix in ((after, ""), (trained, "_local")):
-        names = sorted({name for answer in answers for name in answer.reply.metrics} - OWN_METRICS)
-        for name in names:
-            lower = name.removesuffix("_personal") in LOWER_IS_BETTER
-            table[name + suffix] = spread(metric(answers, name), higher_is_better=not lower)
-    return table
+def _welcomed(method: Method, state: ServerState, chosen: Sequence[str], record: Record) -> ServerState:
+    """The state with the sketches of those who take part for the first time, where the method wants sketches."""
+    if method.welcome is None or not (new := [client for client in chosen if client not in state.sketches]):
+        return state
+    return server.sketched(method, state, [answer.reply for answer in _ask(method, state, new, "sketch", record)])
 
 
-def spread(values: Mapping[str, float], higher_is_better: bool = True) -> dict[str, Any] | None:
-    """Mean, worst, best, and each client's value; None where nobody reported."""
-    if not values:
-        return None
-    low, high = min(values.values()), max(values.values())
-    worst, best = (low, high) if higher_is_better else (high, low)
-    return {"mean": sum(values.values()) / len(values), "worst": worst, "best": best, "clients": dict(values)}
-
-
-def matrices(state: ServerState) -> dict[str, Any]:
-    """The similarity and mixing matrices of a round for its log line, up to 100 clients."""
-    found = state.similarity
-    if found is None or len(found.clients) > LOGGED_CLIENTS:
-        return {}
-    rows = {name: [[round(x, 4) for x in row] for row in m.tolist()] for name, m in found.matrices.items()}
-    return {"similarity": {"clients": list(found.clients), **rows}}
+def _trainees(method: Method, state: ServerState, chosen: Sequence[str]) -> Sequence[str]:
+    """Who trains: the pseudo-client with everyone's data, or the chosen, without those whose sketch is missing."""
+    if method.plan(state.round).pooled:
+        return [POOLED]
+    return chosen if method.welcome is None else [client for client in chosen if client in state.sketches]
 
 
 def _enough(lines: Sequence[Mapping[str, Any]], patience: int | None) -> bool:
     """Whether the best validation loss lies `patience` rounds back."""
-    losses = [line["validation_loss"] for line in lines if "validation_loss" in line]
+    losses = [line[VALIDATION_LOSS] for line in lines if VALIDATION_LOSS in line]
     return patience is not None and len(losses) > patience and min(losses[:-patience]) <= min(losses[-patience:])

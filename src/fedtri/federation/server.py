@@ -7,9 +7,10 @@ import numpy as np
 import torch
 
 from fedtri.adapters.layout import Factors, Key, Layout, only
-from fedtri.aggregation import means
-from fedtri.messages import Phase, Reply, Request
+from fedtri.aggregation import pairs
+from fedtri.messages import Reply, Request
 from fedtri.method import Method
+from fedtri.metrics import Phase
 from fedtri.seeds import derive
 from fedtri.state import Scales, ServerState
 
@@ -53,7 +54,7 @@ def downlink(method: Method, state: ServerState, client: str) -> Factors:
     down = {key: state.shared[key] for key, changed in state.deliveries.shared.items() if changed > have}
     if state.deliveries.personal.get(client, 0) > have:
         down |= state.personal[client]
-    return means.cut(only(down, method.plan(state.round).down), state.scales.ranks.get(client))
+    return pairs.cut(only(down, method.plan(state.round).down), state.scales.ranks.get(client))
 
 
 def delivered(state: ServerState, clients: Sequence[str]) -> ServerState:
@@ -93,9 +94,3 @@ def refuse(reply: Reply, up: frozenset[str], expected: Expectation) -> str | Non
             what = f"{reply.client}: {key.factor} of {key.layer}"
             return f"{what} has norm {norm:.3g}, expected a finite one up to {expected.norm_bound:g}"
     return None
-
-
-def accept(replies: Sequence[Reply], up: frozenset[str], expected: Expectation) -> tuple[list[Reply], list[str]]:
-    """(the replies that can be used, why the others cannot)."""
-    judged = [(reply, refuse(reply, up, expected)) for reply in replies]
-    return [reply for reply, why in judged if why is None], [why for _, why in judged if why is not None]

@@ -1,7 +1,6 @@
 """From a method's name and options to the method as a run uses it: its head, kind of adapter and server optimiser."""
 
-import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -9,8 +8,11 @@ from fedtri.aggregation import means
 from fedtri.aggregation.server_optimizers import ServerOptimizer
 from fedtri.config.strict import checked_options
 from fedtri.errors import FedtriError
+from fedtri.messages import Reply
 from fedtri.method import Aggregate, Method, Plan
+from fedtri.methods import lookup
 from fedtri.methods.table import METHODS
+from fedtri.state import ServerState
 
 AVERAGED = frozenset("HM")
 """What travels by its weighted mean whatever the method: the task head, and DoRA's magnitudes."""
@@ -26,16 +28,20 @@ def build(
 ) -> Method:
     """The method of this name with its options, for this kind of adapter, with this head and server optimiser.
 
-    Raises FedtriError for an unknown method or option, an option's value out of range, a kind of adapter that the
-    method is not defined for, or a server optimiser where what is shared is no average.
+    `name` is as `lookup.find` takes it. Raises FedtriError for an unknown method or option, an option's value out of
+    range, a kind of adapter that the method is not defined for, or a server optimiser where what is shared is no
+    average.
     """
-    if name not in METHODS:
-        close = difflib.get_close_matches(name, METHODS, 1)
-        hint = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(METHODS)}"
-        raise FedtriError(f"method: unknown method {name!r}; {hint}")
-    method = METHODS[name](**checked_options(METHODS[name], options or {}, "method_options", name))
+    made = lookup.make(name, checked_options(lookup.find(name), options or {}, "method_options", name))
+    return as_run(made, head=head, adapter=adapter, optimizer=optimizer)
+
+
+def as_run(
+    method: Method, *, head: str = "default", adapter: str = "lora", optimizer: ServerOptimizer | None = None
+) -> Method:
+    """The method as a run uses it: for this kind of adapter, with this head and server optimiser; see `build`."""
     method = with_head(with_adapter(method, adapter), head)
-    method = replace(method, aggregate=_averaging(method))
+    method = replace(method, aggregate=_with_averages(method))
     return method if optimizer is None else with_optimizer(method, optimizer)
 
 
@@ -85,17 +91,19 @@ def networked(method: Method) -> Method:
 
 
 def scope(method: Method) -> str:
-    """What a client ends with: "global" factors, the same for all, or some that are "personal"."""
+    """What a client ends with: "global" factors, the same for all, some that are "personal", or "both" side by side."""
+    if method.adapter.personal_copy:
+        return "both"
     plan = method.plan(0)
     # S is folded into C before it travels; a fresh A and B have gone into W
     home = plan.train - plan.down - {"S"} - (frozenset("AB") if "W" in plan.down else frozenset())
     return "personal" if home else "global"
 
 
-def _averaging(method: Method) -> Aggregate:
+def _with_averages(method: Method) -> Aggregate:
     """The method's aggregation of what is its own, and the mean of a head or magnitudes that travel."""
 
-    def aggregate(state, replies):
+    def aggregate(state: ServerState, replies: Sequence[Reply]) -> ServerState:
         up = method.plan(state.round - 1).up
         if up - AVERAGED:
             state = method.aggregate(state, replies)

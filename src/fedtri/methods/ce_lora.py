@@ -14,7 +14,9 @@ from fedtri.aggregation import means
 from fedtri.errors import FedtriError
 from fedtri.messages import Reply
 from fedtri.method import AdapterSpec, Method, Paper, Plan
-from fedtri.similarity.distances import core_similarity, data_similarity, extend_distances, row_stochastic
+from fedtri.similarity.cores import core_similarity
+from fedtri.similarity.distances import data_similarity, extend_distances
+from fedtri.similarity.mixing import row_stochastic
 from fedtri.state import ServerState, Similarity
 
 CHOICES = {
@@ -79,7 +81,6 @@ def ce_lora(
     def welcome(state: ServerState) -> ServerState:
         """Compute newcomers' distances to all; one that joins later starts from the cores mixed by data alone."""
         known = state.own.get("distance", torch.zeros(0, 0, dtype=torch.float64))
-        assert isinstance(known, Tensor)
         distance = extend_distances(known.numpy(), list(state.sketches.values()))
         state = state.with_(own={**state.own, "distance": torch.from_numpy(distance)})
         seen = _seen(state)
@@ -103,7 +104,7 @@ def ce_lora(
 
 def _seen(state: ServerState) -> Mapping[str, Mapping[str, Tensor]]:
     """The last cores of every client that ever replied, by client and tensor."""
-    return state.own.get("seen", {})  # pyright: ignore[reportReturnType]
+    return state.own.get("seen", {})
 
 
 def _stacked(
@@ -115,9 +116,7 @@ def _stacked(
 def _data(state: ServerState, rows: Sequence[str], columns: Sequence[str]) -> Float[Tensor, "rows columns"]:
     """Data similarity between these clients, of whom the server has sketches."""
     place = {client: i for i, client in enumerate(state.sketches)}
-    distance = state.own["distance"]
-    assert isinstance(distance, Tensor)
-    everyone = data_similarity(distance.numpy())
+    everyone = data_similarity(state.own["distance"].numpy())
     return everyone[[place[c] for c in rows]][:, [place[c] for c in columns]]
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from fedtri.aggregation import means
 from fedtri.errors import FedtriError
 from fedtri.messages import Reply
-from fedtri.method import LocalRound, Method, Paper, Plan, Update, train_steps
+from fedtri.method import AdapterSpec, LocalRound, Method, Paper, Plan, Update, train_steps
 from fedtri.state import ServerState
 
 PAPER = Paper(
@@ -41,4 +41,5 @@ def ditto(*, lam: float = 0.1) -> Method:
     def aggregate(state: ServerState, replies: Sequence[Reply]) -> ServerState:
         return means.share(state, means.mean(replies, frozenset("AB")))
 
-    return Method("ditto", PAPER, lambda _: plan, aggregate, local_update, averages=True)
+    adapter = AdapterSpec(personal_copy=True)
+    return Method("ditto", PAPER, lambda _: plan, aggregate, local_update, adapter=adapter, averages=True)

@@ -5,8 +5,10 @@ W ← W + s (Σ p_k B_kA_k − B̄Ā), so that W + s B̄Ā is the exact mean of 
 
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from fedtri.adapters.layout import Key
-from fedtri.aggregation import means, products
+from fedtri.aggregation import means, pairs, products
 from fedtri.messages import Reply
 from fedtri.method import AdapterSpec, Method, Paper, Plan
 from fedtri.state import ServerState
@@ -24,13 +26,13 @@ def fedex_lora() -> Method:
     plan = Plan.of(train="ABH", up="ABH", down="ABWH")
 
     def aggregate(state: ServerState, replies: Sequence[Reply]) -> ServerState:
-        weights, total, means = means.example_weights(replies), {}, {}
-        for group in means.pairs(state, replies):
+        weights = means.example_weights(replies)
+        shared: dict[Key, Tensor] = {}
+        for group in pairs.pairs(state, replies):
             B, A = means.mean_of(group.B, weights), means.mean_of(group.A, weights)
             left, right = products.stacked(group.B.double(), group.A.double(), weights)
-            total |= means.add_dense(state, group, left @ right - B.double() @ A.double())
-            for i, layer in enumerate(group.layers):
-                means |= {Key(layer, "A"): A[i], Key(layer, "B"): B[i]}
-        return means.share(state, means | total)
+            shared |= pairs.add_dense(state, group, left @ right - B.double() @ A.double())
+            shared |= pairs.by_layer(group, B, A)
+        return means.share(state, shared)
 
     return Method("fedex_lora", PAPER, lambda _: plan, aggregate, adapter=AdapterSpec(extra="W"))

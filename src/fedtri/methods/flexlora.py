@@ -5,7 +5,7 @@ M = Σ p_k s_k B_kA_k; client k gets the best approximation of M of rank r_k.
 
 from collections.abc import Sequence
 
-from fedtri.aggregation import means, products
+from fedtri.aggregation import means, pairs, products
 from fedtri.messages import Reply
 from fedtri.method import AdapterSpec, Method, Paper, Plan
 from fedtri.state import ServerState
@@ -29,16 +29,17 @@ def flexlora(*, align: bool = False) -> Method:
     def aggregate(state: ServerState, replies: Sequence[Reply]) -> ServerState:
         weights = means.example_weights(replies)
 
-        def solve(group: means.Pairs) -> means.Pair:
+        def solve(group: pairs.Pairs) -> pairs.Pair:
             B, A = products.best_low_rank(group.B, group.A, weights, group.A.shape[2])
-            return means.aligned(state, group, B, A) if align else (B, A)
+            return pairs.aligned(state, group, B, A) if align else (B, A)
 
-        return means.share_pairs(state, replies, solve)
+        return pairs.share_pairs(state, replies, solve)
 
     return Method(
         "flexlora",
         PAPER,
         lambda _: plan,
         aggregate,
+        receive=pairs.revive,
         adapter=AdapterSpec(kinds=("lora", "dora", "hira"), mixed_ranks=not align),
     )

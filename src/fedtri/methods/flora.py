@@ -6,7 +6,7 @@ W ← W + Σ p_k s_k B_kA_k = W + [p_1s_1B_1 … p_ms_mB_m][A_1; …; A_m]: the 
 from collections.abc import Callable, Sequence
 
 from fedtri.adapters.layout import Factors
-from fedtri.aggregation import means, products
+from fedtri.aggregation import means, pairs, products
 from fedtri.messages import Reply
 from fedtri.method import AdapterSpec, Method, Paper, Plan
 from fedtri.state import ServerState
@@ -28,9 +28,9 @@ def flora() -> Method:
 
     def aggregate(state: ServerState, replies: Sequence[Reply]) -> ServerState:
         total = {}
-        for group in means.pairs(state, replies):
+        for group in pairs.pairs(state, replies):
             left, right = products.stacked(group.B.double(), group.A.double(), means.example_weights(replies))
-            total |= means.add_dense(state, group, left @ right)
+            total |= pairs.add_dense(state, group, left @ right)
         return means.share(state, total)
 
     def receive(own: Factors, down: Factors, fresh: Callable[[], Factors]) -> Factors:

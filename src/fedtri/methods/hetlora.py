@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from fedtri.aggregation import means, products
+from fedtri.aggregation import pairs, products
 from fedtri.messages import Reply
 from fedtri.method import AdapterSpec, Method, Paper, Plan
 from fedtri.state import ServerState
@@ -25,13 +25,15 @@ def hetlora() -> Method:
     plan = Plan.of(train="ABH", up="ABH", down="ABH")
 
     def aggregate(state: ServerState, replies: Sequence[Reply]) -> ServerState:
-        def solve(group: means.Pairs) -> means.Pair:
+        def solve(group: pairs.Pairs) -> pairs.Pair:
             norms = products.product_norm(group.B, group.A)  # (layers, m)
             total = norms.sum(1, keepdim=True)
             weights = torch.where(total > 0, norms / total, 1 / len(replies))
             B, A = (torch.einsum("lk,lkab->lab", weights, X.double()).to(X.dtype) for X in (group.B, group.A))
             return B, A
 
-        return means.share_pairs(state, replies, solve)
+        return pairs.share_pairs(state, replies, solve)
 
-    return Method("hetlora", PAPER, lambda _: plan, aggregate, adapter=AdapterSpec(mixed_ranks=True))
+    return Method(
+        "hetlora", PAPER, lambda _: plan, aggregate, receive=pairs.revive, adapter=AdapterSpec(mixed_ranks=True)
+    )

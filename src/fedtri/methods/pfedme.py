@@ -5,13 +5,11 @@ personal_k ≈ argmin F_k(θ) + λ/2 ‖θ − received‖²; sent_k = received 
 
 from collections.abc import Sequence
 
-import torch
-
 from fedtri.adapters.layout import Factors
 from fedtri.aggregation import means
 from fedtri.errors import FedtriError
 from fedtri.messages import Reply
-from fedtri.method import LocalRound, Method, Paper, Plan, Update
+from fedtri.method import AdapterSpec, LocalRound, Method, Paper, Plan, Update
 from fedtri.state import ServerState
 
 PAPER = Paper(
@@ -48,11 +46,13 @@ def pfedme(*, lam: float = 0.1, pull: float = 0.8) -> Method:
     def aggregate(state: ServerState, replies: Sequence[Reply]) -> ServerState:
         return means.share(state, means.mean(replies, frozenset("AB")))
 
-    return Method("pfedme", PAPER, lambda _: plan, aggregate, local_update, averages=True)
+    adapter = AdapterSpec(personal_copy=True)
+    return Method("pfedme", PAPER, lambda _: plan, aggregate, local_update, adapter=adapter, averages=True)
 
 
 def _towards(start: Factors, personal: Factors, pull: float, learns: frozenset[str]) -> Factors:
     """start + pull · (personal − start) of the factors that learn."""
     return {
-        key: torch.lerp(start[key], value, pull) if key.factor in learns else value for key, value in personal.items()
+        key: start[key] + pull * (value - start[key]) if key.factor in learns else value
+        for key, value in personal.items()
     }

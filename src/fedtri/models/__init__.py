@@ -1,1 +1,1 @@
-"""Where models come from, which layers are adapted, and PEFT's format in and out."""
+"""Finds and loads models, chooses the layers that are adapted, and reads and writes PEFT adapters."""

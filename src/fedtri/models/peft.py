@@ -1,4 +1,4 @@
-"""Ordinary PEFT LoRA adapters in and out: B·C is folded into B, so that any tool that reads LoRA can serve them."""
+"""Reads and writes ordinary PEFT adapters. B·C is written as B, so every tool that reads LoRA can serve the result."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from fedtri import atomic
 from fedtri.adapters.bfloat16 import Bfloat16Linear
 from fedtri.adapters.factors import core_of, effective_update
 from fedtri.adapters.layer import AdaptedLinear, Kind, weight_of
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
 PREFIX = "base_model.model."
+LINEAR = (nn.Linear, Conv1D, AdaptedLinear, Bfloat16Linear)
 
 
 def write_peft(
@@ -36,7 +38,8 @@ def write_peft(
 ) -> None:
     """Write adapter_config.json and adapter_model.safetensors of a LoRA with B·C as lora_B, of DoRA, or of HiRA.
 
-    A second adapter stands behind the first, in one of twice the rank. `labels`, where the head is for other classes than everyone's, are written beside them as labels.json.
+    Two adapters of a layer become one of twice the rank. `labels` are the classes of a head that has its own; they are
+    written beside the adapter as labels.json.
 
     The folder is made whole or not at all; one that exists is not touched (FedtriError). Raises FedtriError too where
     PEFT has no format for what the client has: see `unexportable`.
@@ -73,18 +76,15 @@ def write_peft(
         base_model_name_or_path=base_model,
         inference_mode=True,
     )
-    part = folder.with_name(f".{folder.name}.part")
-    part.mkdir(parents=True, exist_ok=True)
-    config.save_pretrained(str(part))
-    safetensors.torch.save_file(tensors, part / "adapter_model.safetensors", metadata={"format": "pt"})
-    if labels is not None:
-        (part / "labels.json").write_text(json.dumps(list(labels), indent=2) + "\n")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    part.replace(folder)
+    with atomic.folder(folder) as part:
+        config.save_pretrained(str(part))
+        safetensors.torch.save_file(tensors, part / "adapter_model.safetensors", metadata={"format": "pt"})
+        if labels is not None:
+            atomic.write_json(part / "labels.json", list(labels))
 
 
 def unexportable(layout: Layout) -> str | None:
-    """Why PEFT has no format for a client's tensors, or None where it has."""
+    """Why PEFT has no format for a client's tensors; None if it has one."""
     if layout.backbone:
         return "export: the whole model was trained, there is no adapter"
     if "W" in layout.extra:
@@ -106,9 +106,16 @@ def _peft_config(adapted: AdaptedModel, alpha: float, **common: Any) -> "PeftCon
 
 
 def read_peft(folder: str | Path, layout: Layout, rank: int, alpha: float) -> dict[Key, Tensor]:
-    """A and B of an existing PEFT LoRA adapter, B rescaled so that ΔW is the same under this run's alpha.
+    """A and B of an existing PEFT LoRA adapter. B is rescaled, so that ΔW is the same with this run's alpha.
 
-    Raises FedtriError where the folder is no LoRA adapter, has another rank, or lacks one of the layers.
+    Args:
+        folder: The folder that PEFT wrote.
+        layout: The layers of this run.
+        rank: This run's rank; the adapter's must be equal.
+        alpha: This run's alpha.
+
+    Raises:
+        FedtriError: If the folder holds no plain LoRA adapter, has another rank, or lacks one of the layers.
     """
     folder = Path(folder)
     try:
@@ -139,7 +146,7 @@ def read_peft(folder: str | Path, layout: Layout, rank: int, alpha: float) -> di
 def merge(
     model: nn.Module, factors: Mapping[Key, Tensor], layout: Layout, scale: float, kind: Kind = "lora"
 ) -> nn.Module:
-    """The plain model with the client's update in its weights and its head in place (changed in place)."""
+    """Write a client's update and head into the plain model's own weights. Changes `model` and returns it."""
     with torch.no_grad():
         for layer in layout.layers:
             base = model.get_submodule(layer.name)
@@ -162,6 +169,6 @@ def _target_modules(adapted: AdaptedModel) -> list[str]:
     suffixes = {name.rsplit(".", 1)[-1] for name in names}
     matched = {
         name for name, module in adapted.model.named_modules()
-        if name.rsplit(".", 1)[-1] in suffixes and isinstance(module, nn.Linear | Conv1D | AdaptedLinear | Bfloat16Linear)
+        if name.rsplit(".", 1)[-1] in suffixes and isinstance(module, LINEAR)
     }  # fmt: skip
     return sorted(suffixes if matched == names else names)

@@ -2,6 +2,8 @@
 
 import math
 
+NARROWEST_SPAN = 0.1
+"""The least that an axis of accuracies shows: 10 points, so that differences within one seed's noise look small."""
 PAPER = {
     "local": "Local only",
     "centralized": "Centralized",

@@ -9,13 +9,13 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from fedtri.report.colours import GREY, faint, style
-from fedtri.report.figures import MOST_POINTS, PHASES_SHOWN, thinned, titled, whole_rounds
+from fedtri.report.drawing import MOST_POINTS, STAGE_COLOURS, accuracy_axis, rounded_one, thinned, titled, whole_rounds
 from fedtri.report.names import amount, share
 from fedtri.report.tables import Group
 
 
 def front(groups: Sequence[Group]) -> go.Figure:
-    """Mean accuracy against bytes sent per client and round; no method is both cheaper and better than the front's."""
+    """Mean accuracy against bytes sent per client and round, with the Pareto front."""
     sending = {i: (g.mean("bytes_up"), g.mean("mean")) for i, g in enumerate(groups)}
     costs = {i: (x, y) for i, (x, y) in sending.items() if x > 0 and math.isfinite(y)}
     best, edge = -math.inf, []
@@ -25,9 +25,9 @@ def front(groups: Sequence[Group]) -> go.Figure:
             edge.append(i)
     figure = titled(
         "Accuracy against bytes",
-        "Up is more accurate, left is cheaper: the stepped line joins the methods than which no other is both cheaper "
-        "and more accurate on average. Error bars are ± one standard deviation over seeds. A method that sends nothing "
-        "has no place on a logarithmic axis and is drawn as a dashed line.",
+        "Up is more accurate, left is cheaper. The stepped line is the Pareto front: no method is both cheaper and "
+        f"more accurate than one on it. {_bars(groups)} A method that sends nothing has no place on a logarithmic axis: "
+        "it is a dashed line.",
         "; ".join(f"{groups[i].label}: accuracy {share(y)} for {amount(x)}" for i, (x, y) in sending.items()),
         x="bytes up per client and round (log)", y="mean accuracy over clients", height=440,
     )  # fmt: skip
@@ -40,21 +40,23 @@ def front(groups: Sequence[Group]) -> go.Figure:
     for i, group in enumerate(groups):
         colour, _, symbol = style(i)
         x, y = sending[i]
-        spread = group.std("mean")
+        spread = group.std("mean") if len(group.runs) > 1 else group.standard_error()
+        bar = {"color": colour, "thickness": 1.5, "width": 5}
         if i in costs:
             figure.add_scatter(
                 x=[x], y=[y], name=group.label, mode="markers", marker={"color": colour, "symbol": symbol, "size": 13},
-                error_y={"array": [spread], "color": colour} if math.isfinite(spread) else None,
+                error_y={"array": [spread], **bar} if math.isfinite(spread) else None,
                 hovertemplate=f"{amount(x)} up: %{{y:.3f}}",
             )  # fmt: skip
         elif math.isfinite(y):
             figure.add_scatter(
                 x=ends, y=[y, y], name=f"{group.label}, sends nothing", mode="lines",
                 line={"color": colour, "dash": "dash", "width": 2},
+                error_y={"array": [spread, None], **bar} if math.isfinite(spread) else None,
             )  # fmt: skip
     figure.update_xaxes(type="log", ticksuffix="B", dtick=1, exponentformat="SI", minexponent=2)
     figure.update_layout(hovermode="closest")
-    return figure
+    return accuracy_axis(_one_seed(figure, groups))
 
 
 def communicated(groups: Sequence[Group]) -> go.Figure:
@@ -63,7 +65,7 @@ def communicated(groups: Sequence[Group]) -> go.Figure:
     known = [c for c in counts if math.isfinite(c) and c > 0]
     figure = titled(
         "Communicated parameters",
-        "How many numbers a client sends in a round. The axis is logarithmic: a step of the grid is ten times as many.",
+        "How many numbers a client sends in a round. The axis is logarithmic: each grid line is ten times the last.",
         "; ".join(f"{g.label}: {_count(c)}" for g, c in zip(groups, counts, strict=True)),
         x="parameters up per client and round (log)", height=150 + 34 * len(groups),
     )  # fmt: skip
@@ -90,8 +92,8 @@ def worst_and_best(groups: Sequence[Group]) -> go.Figure:
     measures = {m: [g.mean(m) for g in groups] for m in ("worst", "mean", "best")}
     figure = titled(
         "Worst and best client",
-        "A line goes from the accuracy of the worst client to that of the best; the circle is the mean over clients. A "
-        "short line far to the right treats everyone well.",
+        "A line goes from the accuracy of the worst client to that of the best. The circle is the mean over clients. A "
+        "short line far to the right means that all clients are served well.",
         "; ".join(
             f"{g.label}: " + ", ".join(f"{m} {share(values[i])}" for m, values in measures.items())
             for i, g in enumerate(groups)
@@ -103,7 +105,7 @@ def worst_and_best(groups: Sequence[Group]) -> go.Figure:
     for i, label in enumerate(labels):
         ends += [(measures["worst"][i], label), (measures["best"][i], label), (None, None)]
     figure.add_scatter(
-        x=[_known(x) for x, _ in ends], y=[y for _, y in ends], mode="lines", line={"color": GREY, "width": 2},
+        x=[rounded_one(x) for x, _ in ends], y=[y for _, y in ends], mode="lines", line={"color": GREY, "width": 2},
         name="range", hoverinfo="skip", showlegend=False, meta="hidden",
     )  # fmt: skip
     for place, (measure, symbol) in enumerate(
@@ -112,12 +114,12 @@ def worst_and_best(groups: Sequence[Group]) -> go.Figure:
         name = f"{measure} client" if measure != "mean" else "mean over clients"
         colour = (style(1)[0], style(0)[0], style(2)[0])[place]
         figure.add_scatter(
-            x=[_known(x) for x in measures[measure]], y=labels, mode="markers", name=name,
+            x=[rounded_one(x) for x in measures[measure]], y=labels, mode="markers", name=name,
             marker={"symbol": symbol, "size": 12, "color": colour}, hovertemplate="%{y}: %{x:.3f}",
         )  # fmt: skip
     figure.update_yaxes(type="category", autorange="reversed", categoryorder="array", categoryarray=labels)
     figure.update_layout(hovermode="closest")
-    return figure
+    return accuracy_axis(figure, "x")
 
 
 def courses(groups: Sequence[Group], against: str = "round") -> go.Figure:
@@ -126,7 +128,7 @@ def courses(groups: Sequence[Group], against: str = "round") -> go.Figure:
     figure = titled(
         "Accuracy against bytes sent so far" if by_bytes else "Accuracy by round",
         "Each line is a method: the mean over clients, averaged over seeds"
-        + (", against what all clients have sent." if by_bytes else "; the area is ± one standard deviation."),
+        + (", against what all clients have sent." if by_bytes else f". {_area(groups)}"),
         "; ".join(f"{g.label} ends at {share(g.mean('mean'))}" for g in groups),
         x="bytes sent by all clients (log)" if by_bytes else "round", y="mean accuracy over clients", height=440,
     )  # fmt: skip
@@ -170,7 +172,7 @@ def courses(groups: Sequence[Group], against: str = "round") -> go.Figure:
     else:
         figure.update_xaxes(type="log", ticksuffix="B", dtick=1, exponentformat="SI", minexponent=2)
         figure.update_layout(hovermode="closest")
-    return figure
+    return accuracy_axis(_one_seed(figure, groups))
 
 
 def seconds(groups: Sequence[Group]) -> go.Figure:
@@ -181,7 +183,7 @@ def seconds(groups: Sequence[Group]) -> go.Figure:
         "; ".join(f"{g.label}: {g.mean('seconds'):.0f} s" for g in groups),
         x="seconds", height=150 + 34 * len(groups),
     )  # fmt: skip
-    for phase, colour in PHASES_SHOWN.items():
+    for phase, colour in STAGE_COLOURS.items():
         spent = [
             float(np.mean([np.nansum(run.rounds[f"seconds_{phase}"].to_numpy(dtype=float)) for run in g.runs.values()]))
             for g in groups
@@ -211,9 +213,32 @@ def of_groups(groups: Sequence[Group]) -> Mapping[str, go.Figure]:
     return found
 
 
+def _single(groups: Sequence[Group]) -> bool:
+    """Whether every method ran with one seed."""
+    return all(len(group.runs) == 1 for group in groups)
+
+
+def _bars(groups: Sequence[Group]) -> str:
+    """What the error bars are."""
+    error = "± one standard error of the mean over clients (standard deviation / √clients)"
+    if _single(groups):
+        return f"One seed: no interval over seeds. Error bars are {error}."
+    alone = f"; for a method with one seed, {error}" if any(len(group.runs) == 1 for group in groups) else ""
+    return f"Error bars are ± one standard deviation over seeds{alone}."
+
+
+def _area(groups: Sequence[Group]) -> str:
+    """What the areas around lines are."""
+    return "One seed: no interval." if _single(groups) else "The area is ± one standard deviation over seeds."
+
+
+def _one_seed(figure: go.Figure, groups: Sequence[Group]) -> go.Figure:
+    """The figure, which says so itself where there is one seed: a file of it comes without the words around it."""
+    if _single(groups):
+        place = {"xref": "paper", "yref": "paper", "x": 1, "y": 0, "xanchor": "right", "yanchor": "bottom"}
+        figure.add_annotation(text="one seed: no interval over seeds", showarrow=False, **place)
+    return figure
+
+
 def _count(parameters: float) -> str:
     return "unknown" if not math.isfinite(parameters) else f"{parameters:,.0f}" if parameters > 0 else "sends nothing"
-
-
-def _known(value: float | None) -> float | None:
-    return None if value is None or not math.isfinite(value) else round(value, 4)

@@ -13,12 +13,12 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
+from fedtri import atomic
 from fedtri.errors import FedtriError
 from fedtri.report import figures, network, overview, tables
 from fedtri.report.colours import DARK, LIGHT, PAGE_DARK, PAGE_LIGHT
 from fedtri.report.names import amount, duration, paper_name, points, share
 from fedtri.report.reading import Run, number
-from fedtri.storage import run_directory
 
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 HERE = Path(__file__).parent
@@ -29,7 +29,7 @@ def write(runs: Sequence[Run], path: Path, baseline: str | None = None) -> Path:
     tables.baselines(tables.grouped(runs), baseline)  # says so where there is none of that name
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        run_directory.write_text(path, of_run(runs[0]) if len(runs) == 1 else of_runs(runs, baseline))
+        atomic.write_text(path, of_run(runs[0]) if len(runs) == 1 else of_runs(runs, baseline))
     except OSError as error:
         raise FedtriError(f"{path}: the page cannot be written: {error.strerror}") from None
     return path

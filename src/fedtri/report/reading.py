@@ -14,11 +14,10 @@ import pandas as pd
 from safetensors.numpy import load_file
 
 from fedtri.errors import FedtriError
+from fedtri.metrics import SPREADS, STAGES
 from fedtri.storage import run_directory
 
-SPREADS = ("accuracy", "accuracy_local", "test_loss", "test_loss_local")
 WAYS = ("up", "down", "sketch")
-PHASES = ("sketch", "train", "aggregate", "evaluate")
 EXPECTED = ("loss", "accuracy", "accuracy_local", "bytes", "seconds")
 ITEM_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 
@@ -105,10 +104,10 @@ class Run:
             moved = _table(line.get("bytes"))
             row |= {f"bytes_{way}": float(np.nansum([*_numbers(moved.get(way)).values(), 0.0])) for way in WAYS}
             spent = _table(line.get("seconds"))
-            row |= {f"seconds_{phase}": number(spent.get(phase)) for phase in PHASES}
+            row |= {f"seconds_{phase}": number(spent.get(phase)) for phase in STAGES}
             rows.append(row)
         columns = ["round", "clients", "loss", *(f"{m}{s}" for m in SPREADS for s in ("", "_worst", "_best"))]
-        columns += [*(f"bytes_{way}" for way in WAYS), *(f"seconds_{phase}" for phase in PHASES)]
+        columns += [*(f"bytes_{way}" for way in WAYS), *(f"seconds_{phase}" for phase in STAGES)]
         return pd.DataFrame(rows, columns=columns).set_index("round")
 
     @cached_property
@@ -138,7 +137,7 @@ class Run:
     @property
     def total_seconds(self) -> float:
         """Seconds of all phases together."""
-        return float(np.nansum(self.rounds[[f"seconds_{phase}" for phase in PHASES]].to_numpy(dtype=float)))
+        return float(np.nansum(self.rounds[[f"seconds_{phase}" for phase in STAGES]].to_numpy(dtype=float)))
 
     @property
     def parameters_up(self) -> float:

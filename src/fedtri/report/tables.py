@@ -52,6 +52,11 @@ class Group:
         known = _known(self.over_seeds(measure).values())
         return float(np.std(known, ddof=1)) if len(known) > 1 else math.nan
 
+    def standard_error(self) -> float:
+        """Of the mean accuracy over clients, in the first seed's run: std(clients) / √clients; NaN for one client."""
+        scores = list(self.runs[min(self.runs)].latest("accuracy").values())
+        return float(np.std(scores, ddof=1)) / math.sqrt(len(scores)) if len(scores) > 1 else math.nan
+
 
 @dataclass(frozen=True)
 class Difference:

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedtri import atomic, methods
 from fedtri import config as configuration
-from fedtri import methods
 from fedtri.config import Config
 from fedtri.errors import FedtriError
 from fedtri.report import page, reading, tables
@@ -103,7 +103,7 @@ def run(comparison: Plan, listener: lifecycle.Listener = QUIET) -> Iterator[Step
     folder = _claim(comparison.folder)
     with run_directory.locked(folder):
         about = {"baseline": comparison.baseline, "grid": comparison.keys, "runs": [m.name for m in comparison.members]}
-        run_directory.write_json(folder / COMPARISON, about)
+        atomic.write_json(folder / COMPARISON, about)
         for number, member in enumerate(comparison.members, 1):
             own = folder / member.name
             step = Step(number, len(comparison.members), member, own)
@@ -128,8 +128,8 @@ def write(comparison: Plan) -> None:
     folder, baseline, found = comparison.folder, comparison.baseline, finished(comparison.folder)
     groups = tables.grouped(found)
     text = tables.markdown(tables.readable(groups, baseline)) + f"\n{tables.caption(groups, baseline)}\n"
-    run_directory.write_text(folder / "table.csv", tables.frame(groups, comparison.keys).to_csv(index=False))
-    run_directory.write_text(folder / "table.md", text)
+    atomic.write_text(folder / "table.csv", tables.frame(groups, comparison.keys).to_csv(index=False))
+    atomic.write_text(folder / "table.md", text)
     page.write(found, folder / "report.html", baseline)
 
 
@@ -151,7 +151,7 @@ def _member(
             "head": "personal" if loaded.head == "default" else loaded.head,
         }
     )
-    methods.build(name, options, loaded.head)
+    methods.build(name, options, head=loaded.head)
     at = "".join(f"-{key.rpartition('.')[2]}={_plain(value)}" for key, value in mine.items())
     return Member(f"{name}{at}-seed{loaded.seed}", loaded)
 
@@ -177,7 +177,8 @@ def _state(folder: Path, member: Member) -> str:
             with run_directory.locked(folder):
                 shutil.rmtree(folder)
         return "absent"
-    found, asked = (c.model_dump(exclude={"out"}) for c in (configuration.load(folder / "config.toml"), member.config))
+    held = configuration.load(run_directory.require(folder) / "config.toml")
+    found, asked = (config.model_dump(exclude={"out"}) for config in (held, member.config))
     if changed := [key for key in asked if found.get(key) != asked[key]]:
         key = changed[0]
         raise FedtriError(

@@ -5,23 +5,19 @@ The numbers are those of the plans and layouts that runs use; a tensor counts wi
 
 import csv
 import json
+import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
-from torch import nn
-from transformers import AutoConfig
-
-from fedtri.adapters.layout import Layout
-from fedtri.adapters.model import install
-from fedtri.communication.codec import DTYPES
+from fedtri.communication.numbers import NUMBERS
+from fedtri.config import validated
 from fedtri.errors import FedtriError
-from fedtri.method import Method
 from fedtri.methods import METHODS, build
-from fedtri.models.loading import find_targets, locate
-from fedtri.tasks import Recipe
-from fedtri.tasks import build as choose_task
+from fedtri.runs.spec import Spec, skeleton, spec_of
+from fedtri.tasks import build as build_task
+
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -53,52 +49,32 @@ def costs(
     a late client's first downlink are not in it; centralized, which moves the data, is left out, and so is a method
     whose heads do not divide the rank. Raises FedtriError for a model, target or number type that is not known.
     """
-    if dtype not in DTYPES:
-        raise FedtriError(f"--dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
-    recipe = choose_task(task)
-    plain = skeleton(model, recipe, labels)
-    adapted = install(plain, targets=find_targets(plain, targets), head=recipe.head(plain), rank=rank).layout
-    plain = skeleton(model, recipe, labels)
-    whole = install(plain, targets=[], head=recipe.head(plain), rank=1, extra="P").layout
+    if dtype not in NUMBERS:
+        raise FedtriError(f"--dtype: expected one of {', '.join(NUMBERS)}, got {dtype!r}")
+    names = [str(number) for number in range(labels or 0)]
+    chosen = targets if isinstance(targets, str) else list(targets)
+    plain = skeleton(model, build_task(task), labels)
     found = []
-    for method in map(build, METHODS):
+    for name, method in ((name, build(name)) for name in METHODS):
         if method.plan(0).pooled or rank % method.adapter.heads:
             continue
-        layout = (
-            whole
-            if "P" in method.adapter.extra
-            else replace(adapted, extra=method.adapter.extra, heads=method.adapter.heads)
-        )
-        up, down = (sum(counts) / rounds for counts in zip(*_rounds(method, layout, rank, rounds), strict=True))
-        width = DTYPES[dtype][1].itemsize
-        total = (up + down) * width * clients * rounds
-        found.append(Cost(method.name, up, down, up * width, down * width, total))
+        given = {"model": model, "task": task, "method": name, "rank": rank, "targets": chosen}
+        spec = spec_of(validated(given | {"wire": {"dtype": dtype}}), ["client"], names, plain)
+        ways = zip(*(_travelling(spec, round) for round in range(rounds)), strict=True)
+        up, down = ([math.prod(shape) for one in way for shape in one] for way in ways)
+        up_bytes, down_bytes = (sum(map(NUMBERS[dtype].size, counts)) for counts in (up, down))
+        found.append(Cost(
+            name, sum(up) / rounds, sum(down) / rounds, up_bytes / rounds, down_bytes / rounds,
+            (up_bytes + down_bytes) * clients,
+        ))  # fmt: skip
     return sorted(found, key=lambda cost: -cost.up - cost.down)
 
 
-def _rounds(method: Method, layout: Layout, rank: int, rounds: int) -> list[tuple[int, int]]:
-    """(numbers up, numbers down) of each round."""
-    shapes = layout.shapes(rank)
-
-    def numbers(kinds: frozenset[str]) -> int:
-        return sum(torch.Size(shapes[key]).numel() for key in layout.keys(kinds))
-
-    plans = [method.plan(round) for round in range(rounds)]
-    return [(numbers(plan.up), numbers(plan.down & (plan.up | {"W"}))) for plan in plans]
-
-
-def skeleton(model: str, recipe: Recipe, labels: int | None = None) -> nn.Module:
-    """The task's model on the meta device: shapes without numbers. Raises FedtriError where there is none."""
-    path = Path(model).expanduser()
-    try:
-        shape = AutoConfig.from_pretrained(str(path) if path.is_file() else locate(model))
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
-        raise FedtriError(f"model: {model} has no configuration: {reason}; expected a folder or hub name") from None
-    if labels is not None:
-        shape.num_labels = labels
-    with torch.device("meta"):
-        return recipe.skeleton(shape)
+def _travelling(spec: Spec, round: int) -> tuple[list[Shape], list[Shape]]:
+    """The shapes of the tensors that go up and that come down in a round."""
+    plan, shapes = spec.method.plan(round), spec.layout.shapes(spec.largest_rank)
+    up, down = ([shapes[key] for key in spec.layout.keys(kinds)] for kinds in (plan.up, plan.down & (plan.up | {"W"})))
+    return up, down
 
 
 def write(path: Path, found: Sequence[Cost]) -> None:

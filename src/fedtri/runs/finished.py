@@ -9,34 +9,42 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from fedtri import atomic, messages
 from fedtri import config as configuration
 from fedtri.adapters.layout import Factors
 from fedtri.adapters.model import load, of_classes
 from fedtri.config import Config
 from fedtri.errors import FedtriError
-from fedtri.messages import Request
+from fedtri.messages import POOLED, Request
 from fedtri.models import peft as peft_format
 from fedtri.models.loading import Weights, locate
 from fedtri.runs import harness, vllm
-from fedtri.runs.simulation import build, choose_method, choose_task, load_model, start
+from fedtri.runs.opening import Machine, initial, open_model
+from fedtri.runs.simulation import build
+from fedtri.runs.spec import Spec, spec_of
 from fedtri.storage import checkpoint, run_directory
-from fedtri.storage.client_store import ClientStore
+from fedtri.storage.client_store import ClientStore, owner
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """One client's factors of a run, and what everyone started from."""
+    """One client of a finished run: the run's Spec, and the client's own tensors."""
 
-    config: Config
-    labels: tuple[str, ...]
+    spec: Spec
+    machine: Machine
     factors: Factors
     own: tuple[str, ...] | None = None
     """The classes of the client's own head; None: all labels."""
 
     @property
+    def rank(self) -> int:
+        """The rank of the client's adapter; 1 where it has none."""
+        return next((value.shape[0] for key, value in self.factors.items() if key.factor == "A"), 1)
+
+    @property
     def classes(self) -> np.ndarray | None:
         """The ids of the client's own classes."""
-        return None if self.own is None else np.array([self.labels.index(name) for name in self.own])
+        return None if self.own is None else np.array([self.spec.labels.index(name) for name in self.own])
 
 
 @dataclass(frozen=True)
@@ -48,21 +56,25 @@ class Answer:
     untuned: str
 
 
-def open_client(folder: Path, client: str) -> Tuned:
-    """A client's factors as of the last whole checkpoint. Raises FedtriError for an unknown client or no checkpoint."""
+def open_run(folder: Path) -> tuple[Config, checkpoint.Checkpoint]:
+    """A run's configuration for this machine, and its last whole checkpoint. Raises FedtriError where there is none."""
     config = configuration.load(run_directory.require(folder) / "config.toml")
-    config = config.model_copy(update={"device": "auto"})  # the run may be from another machine
     found = checkpoint.load(folder / "checkpoints", folder / "clients")
     if found is None:
         raise FedtriError(f"{folder}: no round is finished yet; run `fedtri resume {folder}` first")
-    if client not in found.clients:
-        raise FedtriError(
-            f"--client: {folder} has no client {client!r}, expected one of {_some(sorted(found.clients))}"
-        )
+    return config.model_copy(update={"device": "auto"}), found  # the run may be from another machine
+
+
+def open_client(folder: Path, client: str) -> Tuned:
+    """A client of a run as of its last whole checkpoint. Raises FedtriError for an unknown client or no checkpoint."""
+    config, found = open_run(folder)
+    clients = sorted({owner(name) for name in found.clients} - {POOLED})
+    _require(folder, client, clients)
     factors = ClientStore(folder / "clients", found.clients).load(client)
     assert factors is not None
     own = run_directory.read_own_labels(folder, client)
-    return Tuned(config, tuple(run_directory.read_labels(folder)), factors, None if own is None else tuple(own))
+    spec = spec_of(config, run_directory.read_clients(folder), run_directory.read_labels(folder))
+    return Tuned(spec, Machine.of(config), factors, None if own is None else tuple(own))
 
 
 def export(folder: Path, client: str, to: Path, *, merge: bool = False, engine: str | None = None) -> str | None:
@@ -76,25 +88,24 @@ def export(folder: Path, client: str, to: Path, *, merge: bool = False, engine: 
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise FedtriError(f"--to: {to} exists already, expected an empty or new folder; choose another")
     tuned = open_client(folder, client)
-    alpha = tuned.config.lora_alpha
-    rank = rank_of(tuned.factors)
-    adapted, _, _ = load_model(tuned.config, tuned.labels)
-    recipe = choose_task(tuned.config)
+    spec, model = tuned.spec, tuned.machine.model
     if not merge:
+        adapted = open_model(spec, tuned.machine).adapted
         peft_format.write_peft(
-            to, tuned.factors, adapted, alpha=alpha, base_model=locate(tuned.config.model), task_type=recipe.peft_type,
-            labels=tuned.own,
+            to, tuned.factors, adapted, alpha=spec.scales.alpha, base_model=locate(model),
+            task_type=spec.recipe.peft_type, labels=tuned.own,
         )  # fmt: skip
         return _served(to) if engine else None
-    if engine and recipe.peft_type != "CAUSAL_LM":
-        raise FedtriError(f"--for vllm: vLLM serves causal language models, this is {recipe.name}; leave --for out")
-    plain = recipe.load(tuned.config.model, tuned.own or tuned.labels, Weights(tuned.config.model_options.dtype))
-    merged = peft_format.merge(plain.model, tuned.factors, adapted.layout, alpha / rank, tuned.config.adapter)
-    part = to.with_name(f".{to.name}.part")
-    part.mkdir(parents=True, exist_ok=True)
-    merged.save_pretrained(part)  # pyright: ignore[reportCallIssue]
-    plain.processor.save_pretrained(part)
-    part.replace(to)
+    if engine and spec.recipe.peft_type != "CAUSAL_LM":
+        raise FedtriError(
+            f"--for vllm: vLLM serves causal language models, this is {spec.recipe.name}; leave --for out"
+        )
+    plain = spec.recipe.load(model, tuned.own or spec.labels, Weights(spec.model_options.dtype))
+    scale = spec.scales.alpha / tuned.rank
+    merged = peft_format.merge(plain.model, tuned.factors, spec.layout, scale, spec.kind)
+    with atomic.folder(to) as part:
+        merged.save_pretrained(part)  # pyright: ignore[reportCallIssue]
+        plain.processor.save_pretrained(part)
     return f"vllm serve {to}" if engine else None
 
 
@@ -111,18 +122,13 @@ def evaluate(folder: Path, client: str | None = None) -> dict[str, dict[str, flo
 
     Raises FedtriError for an unknown client, and where no round is finished.
     """
-    config = configuration.load(run_directory.require(folder) / "config.toml").model_copy(
-        update={"device": "auto", "evaluate": True}
-    )
-    found = checkpoint.load(folder / "checkpoints", folder / "clients")
-    if found is None:
-        raise FedtriError(f"{folder}: no round is finished yet; run `fedtri resume {folder}` first")
-    built = build(config, ClientStore(folder / "clients", found.clients))
-    known = built.transport.clients()
-    if client is not None and client not in known:
-        raise FedtriError(f"--client: {folder} has no client {client!r}, expected one of {_some(known)}")
+    config, found = open_run(folder)
+    built = build(config.model_copy(update={"evaluate": True}), ClientStore(folder / "clients", found.clients))
+    known = built.spec.clients
+    if client is not None:
+        _require(folder, client, known)
     asked = [Request("evaluate", found.state.round, name, {}) for name in ([client] if client else known)]
-    answers = built.transport.exchange(asked)
+    answers = [one for one in built.transport.exchange(asked) if isinstance(one, messages.Answer)]
     return {answer.reply.client: dict(answer.reply.metrics) for answer in answers}
 
 
@@ -131,9 +137,9 @@ def evaluate_elsewhere(
 ) -> harness.Scores:
     """What lm-evaluation-harness finds of a client's whole model. Raises FedtriError for a task that is no language
     model's, and as `harness.evaluate` does."""
-    config = open_client(folder, client).config
-    if config.task != "causal_lm":
-        raise FedtriError(f"--tasks: the harness asks causal language models, this run is {config.task}")
+    task = open_client(folder, client).spec.recipe
+    if task.peft_type != "CAUSAL_LM":
+        raise FedtriError(f"--tasks: the harness asks causal language models, this run is {task.name}")
     with tempfile.TemporaryDirectory() as place:
         export(folder, client, Path(place) / "model", merge=True)
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -148,23 +154,21 @@ def predict(folder: Path, client: str, inputs: Sequence[str]) -> list[Answer]:
     if blank := [place for place, t in enumerate(inputs, start=1) if not t.strip()]:
         raise FedtriError(f"text {blank[0]} is empty, expected something to answer")
     tuned = open_client(folder, client)
-    config, recipe = tuned.config, choose_task(tuned.config)
+    spec, recipe = tuned.spec, tuned.spec.recipe
     if recipe.answers is None:
         raise FedtriError(f"{folder}: task {recipe.name} has no answers to show; use fedtri export")
-    rank = rank_of(tuned.factors)
-    adapted, processor, head = load_model(config, tuned.labels)
-    first = start(config, adapted, head, choose_method(config).adapter.basis, rank)
-    untuned = of_classes(adapted.layout, first, tuned.classes)
+    opened = open_model(spec, tuned.machine)
+    untuned = of_classes(spec.layout, initial(spec, opened, tuned.rank), tuned.classes)
     said = []
     for factors in (tuned.factors, untuned):
-        load(adapted, factors, rank=rank, alpha=config.lora_alpha, classes=tuned.classes)
-        said.append(recipe.answers(adapted.model, processor, tuned.labels, inputs, config.max_length))
+        load(opened.adapted, factors, rank=tuned.rank, alpha=spec.scales.alpha, classes=tuned.classes)
+        said.append(recipe.answers(opened.adapted.model, opened.processor, spec.labels, inputs, spec.max_length))
     return [Answer(t, *pair) for t, *pair in zip(inputs, *said, strict=True)]
 
 
-def rank_of(factors: Factors) -> int:
-    """The rank of a client's adapter; 1 where it has none."""
-    return next((value.shape[0] for key, value in factors.items() if key.factor == "A"), 1)
+def _require(folder: Path, client: str, known: Sequence[str]) -> None:
+    if client not in known:
+        raise FedtriError(f"--client: {folder} has no client {client!r}, expected one of {_some(known)}")
 
 
 def _some(names: Sequence[str], most: int = 12) -> str:

@@ -1,4 +1,4 @@
-"""A run told to TensorBoard, MLflow, Weights & Biases or Trackio, round by round; rounds.jsonl stays the source."""
+"""Passing a run's numbers on to TensorBoard, MLflow, Weights & Biases or Trackio, round by round."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtri.errors import FedtriError
+from fedtri.metrics import SPREADS
 
 Tell = Callable[[Path, Mapping[str, Any]], None]
 Log = Callable[[int, Mapping[str, float]], None]
@@ -15,7 +16,7 @@ PROJECT = "fedtri"
 
 @contextmanager
 def tracker(name: str | None, config: Mapping[str, Any]) -> Iterator[Tell]:
-    """What to tell each round, as `tell(folder, line)`; does nothing where `name` is None.
+    """A function `tell(folder, line)` to call after each round; it does nothing where `name` is None.
 
     Raises FedtriError for an unknown tracker, or one that is not installed, before anything runs.
     """
@@ -45,7 +46,7 @@ def tracker(name: str | None, config: Mapping[str, Any]) -> Iterator[Tell]:
 def values(line: Mapping[str, Any]) -> dict[str, float]:
     """A line of rounds.jsonl as flat numbers: "accuracy/mean", "bytes/up", "seconds/train", …; no value per client."""
     found: dict[str, float] = {"loss": line["loss"]} if line.get("loss") is not None else {}
-    for metric in ("accuracy", "accuracy_local", "test_loss", "test_loss_local"):
+    for metric in SPREADS:
         spread = line.get(metric) or {}
         found |= {f"{metric}/{key}": spread[key] for key in ("mean", "worst", "best") if key in spread}
     for metric, spread in (line.get("metrics") or {}).items():

@@ -1,26 +1,20 @@
-"""Who resembles whom: in their data, in their cores, and the mixing weights w_ij made of both.
+"""How far clients' data lie apart, by optimal transport between their sketches.
 
     MW2²(a, b) = min_P Σ_cd P_cd (‖μ_c − μ_d‖² + ‖σ_c − σ_d‖²)    classes, as Gaussian mixtures
     D_ij       = min_Q Σ_yz Q_yz MW2(y, z)                        clients, as class proportions
     data_ij    = exp(−D_ij / median of the off-diagonal D)
-    model_ij   = mean over layers of <G_i, G_j> / (‖G_i‖ ‖G_j‖), G = CᵀC
-    w_ij       ∝ data_ij + model_ij
 
-Sources, in this order: Delon & Desolneux 2020 (arXiv:1907.05254); Alvarez-Melis & Fusi 2020
-(arXiv:2002.02923), at class level; ours; Kornblith et al. 2019 (arXiv:1905.00414), linear CKA; CE-LoRA
-(arXiv:2503.23869).
+Sources, in this order: Delon & Desolneux 2020 (arXiv:1907.05254); Alvarez-Melis & Fusi 2020 (arXiv:2002.02923), at
+class level; ours.
 """
 
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import normalize
 
-from fedtri.errors import FedtriError
 from fedtri.messages import Mixture, Sketch
 
 _NOISE = 1e-12
@@ -181,72 +175,3 @@ def data_similarity(distances: Float[np.ndarray, "m m"]) -> Float[Tensor, "m m"]
         scale = np.median(off[off > 0])
     similarity = torch.from_numpy(distances / (scale or 1.0)).float().nan_to_num_(nan=1.0).neg_().exp_()
     return similarity.fill_diagonal_(1.0)
-
-
-def core_gram(cores: Float[Tensor, "m layers r r"]) -> Float[Tensor, "layers m rr"]:
-    """C_kᵀC_k of each client and layer as unit rows: inner products are linear CKA under isotropic probes.
-
-    With probes X ~ N(0, I) and representations Y_i = X C_iᵀ, linear CKA ‖Y_jᵀY_i‖²_F / (‖Y_iᵀY_i‖_F
-    ‖Y_jᵀY_j‖_F) tends to <C_iᵀC_i, C_jᵀC_j> / (‖C_iᵀC_i‖_F ‖C_jᵀC_j‖_F) as probes grow many. A core of zeros
-    gives a row of zeros. Source: Kornblith et al. 2019, arXiv:1905.00414.
-    """
-    gram = cores.mT @ cores  # (m, layers, r, r)
-    return normalize(gram.flatten(2).transpose(0, 1), dim=-1, eps=torch.finfo(cores.dtype).tiny)
-
-
-def core_similarity(cores: Float[Tensor, "m layers r r"], *, reference: Literal["raw", "init"]) -> Float[Tensor, "m m"]:
-    """Linear CKA between the clients' cores, averaged over layers, in [0, 1] with 1 on the diagonal.
-
-    "raw" compares C, as the paper does; "init" compares C − I, what was learned: a core that has not moved
-    says nothing, and its similarity to every other client is 0. Nor has one moved that a mixture of cores at I has left
-    within rounding of I: two of these would be alike in their noise. Source: CE-LoRA, arXiv:2503.23869.
-    """
-    m, layers, r, _ = cores.shape
-    moved = cores
-    if reference == "init":
-        moved = cores - torch.eye(r, dtype=cores.dtype, device=cores.device)
-        still = torch.linalg.matrix_norm(moved, keepdim=True) <= 64 * torch.finfo(cores.dtype).eps * r**0.5
-        moved = moved.masked_fill(still, 0)
-    similarity = cores.new_zeros(m, m)
-    for rows in core_gram(moved):
-        similarity.addmm_(rows, rows.T, alpha=1 / layers)  # in place: m × m is all that grows with m²
-    return similarity.clamp_(0, 1).fill_diagonal_(1)
-
-
-def blend(data: Float[Tensor, "m m"], model: Float[Tensor, "m m"]) -> Float[Tensor, "m m"]:
-    """data + model, each with weight 1, as in CE-LoRA (arXiv:2503.23869); a new matrix."""
-    return data + model
-
-
-def row_stochastic(
-    similarity: Float[Tensor, "m m"],
-    *,
-    temperature: float | None = None,
-    top_k: int | None = None,
-    out: Float[Tensor, "m m"] | None = None,
-) -> Float[Tensor, "m m"]:
-    """Mixing weights: each row of a similarity (not negative, positive diagonal) divided by its sum.
-
-    With a temperature, softmax(row / temperature) instead. With top_k, each client keeps its k most similar,
-    itself always among them, and the rest weigh 0. `out=similarity` works in place, a block of rows at a
-    time.
-
-    Raises FedtriError when temperature is not above 0 or top_k is below 1.
-    """
-    if temperature is not None and not temperature > 0:
-        raise FedtriError(f"temperature: expected a number above 0, got {temperature}: leave it out for plain weights")
-    if top_k is not None and top_k < 1:
-        raise FedtriError(f"top_k: expected 1 or more, got {top_k}: 1 keeps each client to itself")
-    weights = similarity.clone() if out is None else out.copy_(similarity)
-    for first, rows in zip(range(0, len(weights), 512), weights.split(512), strict=True):
-        if top_k is not None and top_k < len(weights):
-            order = rows.clone()
-            order.diagonal(first).fill_(torch.inf)
-            kept = order.topk(top_k).indices
-            chosen = rows.gather(1, kept)
-            rows.fill_(0 if temperature is None else -torch.inf).scatter_(1, kept, chosen)
-        if temperature is None:
-            rows.div_(rows.sum(1, keepdim=True))
-        else:
-            rows.copy_((rows / temperature).softmax(1))
-    return weights

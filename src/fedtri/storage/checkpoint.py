@@ -16,17 +16,17 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from fedtri import atomic
 from fedtri.adapters.layout import Key, key_name, parse_key
 from fedtri.errors import FedtriError
 from fedtri.messages import Sketch
 from fedtri.similarity import sketches
 from fedtri.state import Deliveries, ServerState, Similarity, Tree
-from fedtri.storage.client_store import ClientStore, Saved, read_checked, write_atomic
+from fedtri.storage.client_store import ClientStore, Saved, read_checked
+from fedtri.storage.run_directory import LAYOUT
 
 KEPT = 2
 """Checkpoints that a run keeps."""
-LAYOUT = 2
-"""The version of what a checkpoint holds; one of another version is refused."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,8 @@ class Checkpoint:
 def save(folder: Path, state: ServerState, store: ClientStore, line: Mapping[str, Any]) -> None:
     """Write the checkpoint of this round and drop all but the last two."""
     tensors = safetensors.torch.save(_tensors(state))
-    server = Saved(f"{state.round:05}.safetensors", write_atomic(folder / f"{state.round:05}.safetensors", tensors))
+    file = f"{state.round:05}.safetensors"
+    server = Saved(file, atomic.write_bytes(folder / file, tensors))
     manifest = {
         "layout": LAYOUT,
         "round": state.round,
@@ -57,7 +58,7 @@ def save(folder: Path, state: ServerState, store: ClientStore, line: Mapping[str
         "sketches": list(state.sketches),
     }
     body = json.dumps({**manifest, "digest": _digest(manifest)})
-    write_atomic(folder / f"{state.round:05}.json", body.encode())
+    atomic.write_bytes(folder / f"{state.round:05}.json", body.encode())
     manifests = sorted(folder.glob("*.json"))
     for old in manifests[:-KEPT]:
         old.unlink()

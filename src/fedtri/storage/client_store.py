@@ -1,17 +1,18 @@
 """Each client's own tensors on its own disk, one safetensors file a save, never overwritten in place.
 
-A save writes a new file and remembers it as current; what a checkpoint refers to stays until pruned. So a run that is
-killed in the middle of a round finds every client as the last checkpoint left it, and idle clients cost no memory.
+A save writes a new file and remembers it as current; files that a checkpoint refers to stay until they are pruned. So
+a run that is killed in the middle of a round finds every client as the last checkpoint left it. Idle clients cost no
+memory.
 """
 
 import hashlib
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors.torch
 
+from fedtri import atomic
 from fedtri.adapters.layout import Factors, key_name, parse_key
 from fedtri.errors import FedtriError
 
@@ -24,8 +25,21 @@ class Saved:
     digest: str
 
 
+def beside(client: str, name: str) -> str:
+    """The name under which a client keeps further tensors beside its own. No client's own name has a "+"."""
+    return f"{client}+{name}"
+
+
+def owner(name: str) -> str:
+    """The client to which what is kept under this name belongs."""
+    return name.partition("+")[0]
+
+
 class ClientStore:
-    """Clients' tensors under one folder; `current` says which file is each client's."""
+    """Clients' tensors under one folder; `current` says which file holds what is kept under each name.
+
+    A name is a client's own, or `beside` it.
+    """
 
     def __init__(self, folder: Path, current: Mapping[str, Saved] | None = None) -> None:
         self.folder, self.current = folder, dict(current or {})
@@ -41,7 +55,7 @@ class ClientStore:
         """Write the client's tensors under a name of their own and make them current."""
         data = safetensors.torch.save({key_name(key): value.contiguous() for key, value in factors.items()})
         file = f"{client}/{tag}.safetensors"
-        self.current[client] = Saved(file, write_atomic(self.folder / file, data))
+        self.current[client] = Saved(file, atomic.write_bytes(self.folder / file, data))
 
     def prune(self, keep: set[str]) -> None:
         """Delete the files that are neither current nor in `keep`."""
@@ -49,18 +63,6 @@ class ClientStore:
         for path in self.folder.glob("*/*.safetensors"):
             if str(path.relative_to(self.folder)) not in keep:
                 path.unlink()
-
-
-def write_atomic(path: Path, data: bytes) -> str:
-    """Write beside the target, flush to disk, rename over it; returns the digest of the bytes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    with part.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
-    return hashlib.sha256(data).hexdigest()
 
 
 def read_checked(path: Path, digest: str) -> bytes:

@@ -1,7 +1,7 @@
-"""A run directory: who may write to it, what lies where, and reading it back without loading a model.
+"""A run directory: who may write to it, what lies where, and how to read it back without loading a model.
 
-config.toml, labels.json, environment.json, rounds.jsonl, summary.json, checkpoints/, clients/ (their own tensors),
-adapters/ (PEFT).
+environment.json (with the layout's version), clients.json, labels.json, config.toml (written last: a folder with it is
+a run), rounds.jsonl, summary.json, checkpoints/, clients/ (their own tensors), adapters/ (PEFT).
 """
 
 import fcntl
@@ -15,8 +15,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from fedtri import atomic
 from fedtri.errors import FedtriError
 
+LAYOUT = 2
+"""The version of what run directories and checkpoints hold. Those of another version are refused."""
 PACKAGES = (
     "fedtri",
     "torch",
@@ -56,7 +59,7 @@ def created(out: str | None, method: str) -> Iterator[Path]:
 def locked(path: Path) -> Iterator[None]:
     """Hold the folder for writing; the lock goes with the process. Raises FedtriError where another holds it.
 
-    A KeyboardInterrupt inside leaves with how to go on as its message.
+    A KeyboardInterrupt that passes through says how to go on.
     """
     try:
         file = (path / ".lock").open("a")
@@ -111,7 +114,7 @@ def _clear(path: Path) -> None:
             shutil.rmtree(entry)
         else:
             entry.unlink()
-    with suppress(OSError):  # the folder one stands in
+    with suppress(OSError):  # it may be the current folder
         path.rmdir()
 
 
@@ -120,11 +123,26 @@ def _is_run(path: Path) -> bool:
 
 
 def require(path: Path) -> Path:
-    """The folder, where it holds a run. Raises FedtriError for any other."""
+    """The folder, where it holds a run of this layout. Raises FedtriError for any other."""
     if not _is_run(path):
         found = "which is not there" if path.is_dir() else "and there is no such folder"
         raise FedtriError(f"{path}: is not a run directory: expected a config.toml in it, {found}; check the path")
+    if (layout := read_environment(path).get("layout", 1)) != LAYOUT:
+        raise FedtriError(
+            f"{path}: the run directory has layout {layout}, expected {LAYOUT}: another version of fedtri wrote it; "
+            "read it with that version, or start the run anew"
+        )
     return path
+
+
+def begin(
+    path: Path, config: str, *, clients: Sequence[str], labels: Sequence[str], device: str, seed: int, threads: int
+) -> None:
+    """Write what a new run directory holds before its first round; `config` is TOML."""
+    atomic.write_json(path / "environment.json", environment(device, seed, threads))
+    atomic.write_json(path / "clients.json", list(clients))
+    atomic.write_json(path / "labels.json", list(labels))
+    atomic.write_text(path / "config.toml", config)
 
 
 def read_rounds(path: Path) -> list[dict[str, Any]]:
@@ -144,25 +162,13 @@ def read_rounds(path: Path) -> list[dict[str, Any]]:
 
 def write_rounds(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
     """Replace rounds.jsonl by these lines, atomically."""
-    write_text(path / "rounds.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    atomic.write_text(path / "rounds.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def append_round(path: Path, line: Mapping[str, Any]) -> None:
     """Add one line to rounds.jsonl."""
     with (path / "rounds.jsonl").open("a") as file:
         file.write(json.dumps(line) + "\n")
-
-
-def write_json(path: Path, value: object) -> None:
-    """Indented JSON, atomically."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Text, atomically: beside the target, then renamed over it."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    part.replace(path)
 
 
 def read_summary(path: Path) -> dict[str, Any]:
@@ -176,19 +182,30 @@ def read_summary(path: Path) -> dict[str, Any]:
         raise FedtriError(f"{path}/summary.json: is not JSON; was it edited?") from None
 
 
-def read_threads(path: Path) -> int | None:
-    """On how many of PyTorch's threads a run began, where it says so."""
-    with suppress(OSError, ValueError):
-        return json.loads((path / "environment.json").read_text()).get("threads")
-    return None
+def read_environment(path: Path) -> dict[str, Any]:
+    """What environment.json says; nothing where it cannot be read."""
+    try:
+        found = json.loads((path / "environment.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def read_clients(path: Path) -> list[str]:
+    """The names of a run's clients, sorted."""
+    return _read_names(path / "clients.json", "clients")
 
 
 def read_labels(path: Path) -> list[str]:
     """The names of the classes of a run, by id."""
+    return _read_names(path / "labels.json", "classes")
+
+
+def _read_names(path: Path, what: str) -> list[str]:
     try:
-        return json.loads((path / "labels.json").read_text())
+        return json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise FedtriError(f"{path}/labels.json: cannot be read: {error}; expected the names of the classes") from None
+        raise FedtriError(f"{path}: cannot be read: {error}; expected the names of the {what}") from None
 
 
 def read_own_labels(path: Path, client: str) -> list[str] | None:
@@ -199,13 +216,11 @@ def read_own_labels(path: Path, client: str) -> list[str] | None:
 
 def write_own_labels(path: Path, client: str, labels: Sequence[str]) -> None:
     """Keep the names of the classes of a client's own head."""
-    folder = path / "clients" / client
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "labels.json", list(labels))
+    atomic.write_json(path / "clients" / client / "labels.json", list(labels))
 
 
 def environment(device: str, seed: int, threads: int) -> dict[str, Any]:
-    """Versions, machine, device and seed: what a number needs to be repeated."""
+    """Layout, versions, machine, device and seed: what is needed to repeat a number."""
     versions = {}
     for name in PACKAGES:
         try:
@@ -213,6 +228,7 @@ def environment(device: str, seed: int, threads: int) -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             versions[name] = None
     return {
+        "layout": LAYOUT,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "processor": _processor(),

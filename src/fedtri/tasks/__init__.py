@@ -1,4 +1,4 @@
-"""Every task by name. A task is one file; its keyword-only options are what [task_options] may hold."""
+"""All tasks, by name. A task is one file; the keyword-only options of its function are the keys of [task_options]."""
 
 import difflib
 from collections.abc import Callable, Mapping
@@ -27,7 +27,10 @@ TASKS: dict[str, Callable[..., Recipe]] = {
 
 
 def build(name: str, options: Mapping[str, Any] | None = None, columns: Mapping[str, str] | None = None) -> Recipe:
-    """The task of this name with its options. Raises FedtriError for an unknown task, option, or role of a column."""
+    """The task of this name, with its options. `columns` is checked only for roles that the task does not use.
+
+    Raises FedtriError for an unknown task or option, or for such a role.
+    """
     if name not in TASKS:
         close = difflib.get_close_matches(name, TASKS, 1)
         hint = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(TASKS)}"

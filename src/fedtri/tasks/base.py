@@ -1,7 +1,7 @@
 """What a task must offer so that every method, the training loop and the sketch can stay ignorant of it.
 
 A `Recipe` says how a kind of task is made: from a source's columns to a pool, from a checkpoint to a model, from a
-pool to examples. A `LearningTask` scores batches of these examples. Whose adapter a model carries is no task's business.
+pool to examples. A `LearningTask` scores batches of these examples. No task knows whose adapter a model carries.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +26,7 @@ with a batch's inputs it gives `.logits`, its `base_model` gives `.last_hidden_s
 
 @dataclass(frozen=True)
 class Scores:
-    """What a model makes of a batch, summed over each sample's own terms (one for a class, one a token for text)."""
+    """Loss and number of hits of each sample, summed over its terms: one for a class, one for each token of a text."""
 
     loss: Float[Tensor, "batch"]
     correct: Float[Tensor, "batch"]
@@ -34,40 +34,42 @@ class Scores:
 
 @runtime_checkable
 class Examples(Protocol):
-    """A pool turned into model inputs, once."""
+    """A pool as model inputs. It is converted only once."""
 
     @property
     def lengths(self) -> Int[np.ndarray, "n"]:
-        """Tokens of each example: what sorting and the token budget go by."""
+        """The number of tokens of each example, for sorting and for the token budget."""
         ...
 
     @property
     def terms(self) -> Int[np.ndarray, "n"]:
-        """Loss terms of each example: a client's loss is the mean over all terms of its minibatch."""
+        """The number of loss terms of each example. A client's loss is the mean over all terms of its minibatch."""
         ...
 
     @property
     def labels(self) -> Int[np.ndarray, "n"] | None:
-        """The class of each example, for sketches; None where there are none."""
+        """The class of each example, for sketches; None if examples have none."""
         ...
 
     def batch(self, rows: Rows) -> Batch:
-        """These examples, padded to the longest among them; tensors of any shape whose first dimension is the batch's
-        or a multiple of it, sample by sample."""
+        """These examples, padded to the longest of them.
+
+        The first dimension of each tensor is the batch size, or a multiple of it in the order of the samples.
+        """
         ...
 
 
 @runtime_checkable
 class LearningTask(Protocol):
-    """How one kind of task scores a batch and which features stand for an example."""
+    """How a task scores a batch, and which features describe an example."""
 
     @property
     def classes(self) -> int:
-        """How many classes a sketch has; 1 where examples have no class."""
+        """The number of classes of a sketch; 1 if examples have no class."""
         ...
 
     def feature_size(self, model: nn.Module) -> int:
-        """d of `features`: what a sketch's mixtures live in."""
+        """d of `features`: the dimension of a sketch's mixtures."""
         ...
 
     def scores(self, model: Model, batch: Batch) -> Scores:
@@ -91,7 +93,7 @@ class LearningTask(Protocol):
 
 
 def inputs_of(batch: Batch) -> dict[str, Tensor]:
-    """What of a batch goes into the model: all but the labels."""
+    """The part of a batch that goes into the model: everything but the labels."""
     return {name: value for name, value in batch.items() if name != "labels"}
 
 
@@ -102,7 +104,7 @@ def to_device(batch: Batch, device: torch.device) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A checkpoint: the model, what turns examples into its inputs, and which of its parameters were not in it."""
+    """A loaded checkpoint: the model, the tokenizer or processor, and the names of parameters that it lacked."""
 
     model: nn.Module
     processor: Any
@@ -114,28 +116,30 @@ Answers = Callable[[Any, Any, Sequence[str], Sequence[str], int], list[str]]
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a kind of task is made; what `TASKS` holds are functions that return one, given the task's options."""
+    """How a task is made. `TASKS` holds functions from a task's options to a Recipe."""
 
     name: str
     peft_type: str | None
-    """PEFT's own name of the task, for adapter_config.json; None where it has none."""
+    """PEFT's name of the task, for adapter_config.json; None if PEFT has none."""
     roles: tuple[str, ...]
     """The roles of `data.pool.ROLES` that [columns] may give."""
     pool: Callable[[Source], Pool]
-    """Every column checked, every mistake a FedtriError in one line."""
+    """(source) to a pool. Checks every column; a mistake is a FedtriError in one line."""
     load: Callable[[str, Sequence[str], Weights], Loaded]
-    """(model setting, class names, how weights are kept) to the model; FedtriError in one line where it cannot be."""
+    """(model setting, class names, how weights are stored) to the model. Raises FedtriError if it cannot be loaded."""
     examples: Callable[[Pool, Any, int], Examples]
     """(pool, processor, max_length) to model inputs."""
     learning: Callable[[Sequence[str], Any], LearningTask]
-    """(class names, processor) to how batches are scored."""
+    """(class names, processor) to the LearningTask that scores batches."""
     skeleton: Callable[[PretrainedConfig], nn.Module]
-    """The model of a configuration without weights; called under torch.device("meta")."""
+    """(model configuration) to the model without weights. It is called under torch.device("meta")."""
     head: Callable[[nn.Module], list[str]] = head_layers
-    """The names of the linear layers that are the task's head, one copy a client; [] where the model is whole."""
+    """(model) to the names of the linear layers of the head, of which each client has a copy; [] without a head."""
     classifies: bool = False
-    """Whether a class is predicted, so that guessing the largest one is a yardstick."""
+    """Whether a class is predicted. If so, reports compare with guessing the largest class."""
     kept: type[Any] | None = None
-    """The class of its examples where that is a dataclass of arrays, which a site keeps on its disk."""
+    """The class of its examples if that is a dataclass of arrays; a site then keeps them on its disk."""
     answers: Answers | None = None
     """(model with the client's adapter, processor, class names, inputs, max_length) to an answer each."""
+    example_input: str = "some text"
+    """What an input may look like: what the command line proposes to ask after a run."""

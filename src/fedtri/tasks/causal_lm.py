@@ -1,4 +1,4 @@
-"""Language models that answer a prompt: loss on the response alone, perplexity, token accuracy, exact answers."""
+"""Language models that answer a prompt: loss on the response only, perplexity, token accuracy, exact answers."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -32,16 +32,17 @@ def causal_lm(
     generations: int = 50,
     max_new_tokens: int = 256,
 ) -> Recipe:
-    """The response to a prompt or conversation, or plain text, by an AutoModelForCausalLM.
+    """The task of writing a response to a prompt or conversation, or plain text, with an AutoModelForCausalLM.
 
     Args:
-        template: How a prompt is put to the model: "chat" by the tokenizer's chat template, "plain" as it stands and a
-            line break behind it; "auto" is chat where the tokenizer has a template.
-        truncation: Which end of an over-long example is cut. "left" cuts the prompt's beginning, and the response's
-            end only where it alone is too long; with "right" an example that loses its whole response is an error.
-        exact_match: Whether test prompts are answered by generation and judged, by their final number or whole text.
-        generations: At most so many test prompts a client are answered.
-        max_new_tokens: The longest answer.
+        template: How the model sees a prompt. "chat": by the tokenizer's chat template. "plain": as it stands, then a
+            line break. "auto": "chat" if the tokenizer has a template, else "plain".
+        truncation: Which end of an example is cut if it is too long. "left" cuts the beginning of the prompt, and the
+            end of the response only if it alone is too long. With "right", an example that loses its whole response is
+            an error.
+        exact_match: Whether the model answers test prompts, and what is compared: "number", "text", or "none".
+        generations: The largest number of test prompts that are answered for each client.
+        max_new_tokens: The longest answer, in tokens.
     """
     asking = Asking(exact_match, generations, max_new_tokens)
 
@@ -67,13 +68,15 @@ def causal_lm(
         skeleton=AutoModelForCausalLM.from_config,
         head=lambda model: [],
         answers=answers,
+        example_input="a prompt",
     )
 
 
 def pool(source: Source, exact_match: ExactMatch = "none") -> Pool:
-    """Columns "prompt" and "response", or "messages", or "text"; and "label" where examples have a domain.
+    """Columns "prompt" and "response", or "messages", or "text"; and "label" if examples have a domain.
 
-    What is looked for, in this order, where [columns] does not say. Raises FedtriError for a column that cannot be.
+    If [columns] names none of them, they are looked for in this order. Raises FedtriError if none is found, or a column
+    cannot be used.
     """
     given = source.columns.keys() & {"prompt", "response", "messages", "text"}
     has = {role: pools.optional(source, role) is not None for role in ("prompt", "messages", "text")}
@@ -97,15 +100,15 @@ def pool(source: Source, exact_match: ExactMatch = "none") -> Pool:
 
 @dataclass(frozen=True)
 class TextToContinue:
-    """Token ids of all examples, and which of them carry loss."""
+    """The token ids of all examples, and which tokens carry loss."""
 
     tokens: Ragged
     learned: Ragged
-    """1 for a token of a response, 0 for one of a prompt; beside `tokens`."""
+    """For each of `tokens`: 1 in a response, 0 in a prompt."""
     answered_from: Int[np.ndarray, "n"]
-    """Where the last response begins: what is before it is the prompt of a generation."""
+    """The place where the last response begins. Everything before it is the prompt for generation."""
     responses: Sequence[str]
-    """The last response of each example as the data has it."""
+    """The last response of each example, as it stands in the data."""
     labels: Int[np.ndarray, "n"] | None
     pad: int
     terms: Int[np.ndarray, "n"]
@@ -116,8 +119,10 @@ class TextToContinue:
         return self.tokens.lengths
 
     def batch(self, rows: Rows) -> Batch:
-        """input_ids, attention_mask (absent where nothing is padded) and labels; padded on the right, whatever side
-        the tokenizer prefers, because positions count from the left."""
+        """input_ids, attention_mask (absent if nothing is padded) and labels.
+
+        Padding is always on the right, because positions count from the left.
+        """
         mask = self.tokens.mask(rows)
         ids = self.tokens.padded(rows, mask, self.pad)
         learned = self.learned.padded(rows, mask, 0).bool()
@@ -127,7 +132,7 @@ class TextToContinue:
         return batch
 
     def prompts(self, rows: Sequence[int]) -> Batch:
-        """input_ids and attention_mask of what precedes the last responses, padded on the left."""
+        """input_ids and attention_mask of everything before the last responses, padded on the left."""
         own = np.asarray(rows, np.int64)
         starts = self.tokens.offsets[own]
         parts = [self.tokens.values[a : a + n].tolist() for a, n in zip(starts, self.answered_from[own], strict=True)]
@@ -141,7 +146,7 @@ def examples(
     pool: Pool, tokenizer: PreTrainedTokenizerBase, max_length: int, template: Template = "auto",
     truncation: str = "left",
 ) -> TextToContinue:  # fmt: skip
-    """The pool tokenised. Raises FedtriError where a chat template is needed and missing, or cannot be used."""
+    """The pool, tokenised. Raises FedtriError if a chat template is needed but missing, or cannot be used."""
     segments, responses = dialogue.segments(pool, tokenizer, template)
     return tokenize(tokenizer, segments, max_length, truncation, responses, pool.labels)
 
@@ -156,9 +161,19 @@ def tokenize(
     *,
     asks: bool = False,
 ) -> TextToContinue:
-    """Tokenise examples once, segment by segment, so that a prompt's tokens are those a generation will start from.
+    """Tokenise each segment separately, so that a prompt has the same tokens in training and in generation.
 
-    `asks`: the examples are prompts without a response.
+    Args:
+        tokenizer: The model's tokenizer.
+        segments: The segments of each example.
+        max_length: The largest number of tokens of an example.
+        truncation: The end that is cut if an example is longer: "left" or "right".
+        responses: The last response of each example.
+        labels: The domain of each example.
+        asks: Whether the examples are prompts without a response.
+
+    Raises:
+        FedtriError: If no token of a response is left.
     """
     limit = min(max_length, tokenizer.model_max_length)
     texts = [segment.text for example in segments for segment in example]
@@ -173,7 +188,7 @@ def tokenize(
             ids += [*next(encoded), *([tokenizer.eos_token_id] if segment.ends else [])]
             flags += [int(segment.learned)] * (len(ids) - len(flags))
         start = len(ids) if asks else start
-        # what a response's first token is predicted from must stay, so one token of its prompt does
+        # one token of the prompt stays: the response's first token is predicted from it
         most = start if asks else max(start - 1, 0)
         cut = min(max(0, len(ids) - limit), most) if truncation == "left" else 0
         ids, flags = ids[cut : cut + limit], flags[cut : cut + limit]
@@ -198,14 +213,14 @@ def tokenize(
 
 
 def beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The token that the tokenizer puts before every text, where it has one."""
+    """The token that the tokenizer puts before every text, as a list; [] if it puts none."""
     bos: Any = tokenizer.bos_token_id
     return [bos] if bos is not None and tokenizer("")["input_ids"][:1] == [bos] else []
 
 
 @dataclass(frozen=True)
 class CausalLM:
-    """Cross-entropy of each response token given all before it; accuracy is that of tokens."""
+    """Cross-entropy of each response token, given all tokens before it. Accuracy counts tokens."""
 
     classes: int
     tokenizer: PreTrainedTokenizerBase
@@ -238,7 +253,7 @@ class CausalLM:
 
 
 def load(model: str, label_names: Sequence[str], weights: Weights) -> Loaded:
-    """A causal language model and its tokenizer. Raises FedtriError in one line where it is none."""
+    """A causal language model and its tokenizer. Raises FedtriError if it cannot be loaded as one."""
     loaded, fresh = checkpoints.load_model(AutoModelForCausalLM, model, WHAT, weights, lambda model: [])
     tokenizer = checkpoints.load_tokenizer(model, loaded, WHAT)
     if tokenizer.eos_token_id is None:

@@ -1,4 +1,4 @@
-"""Models and processors from a folder or a hub name, whole or refused in one line."""
+"""Loads models and processors from a folder or a hub name. An incomplete checkpoint is refused in one line."""
 
 import logging
 from collections.abc import Callable, Collection, Iterator
@@ -26,16 +26,18 @@ def load_model(
     head: Callable[[nn.Module], list[str]],
     **more: Any,
 ) -> tuple[nn.Module, frozenset[str]]:
-    """The checkpoint as the class `auto` loads it, and the names of the parameters that it did not have.
+    """The checkpoint as the class `auto` loads it, and the names of the parameters that the checkpoint did not have.
 
     Args:
+        auto: A class with `from_pretrained`, such as AutoModelForCausalLM.
         model: As in a configuration: the embedded model, a folder, or a hub name.
-        what: What it should be ("a text classifier"), for the error.
-        head: Names the layers that may be fresh; anything else that the checkpoint lacks is an error.
+        what: What the model should be ("a text classifier"), for the error message.
+        weights: How the frozen weights are stored.
+        head: (model) to the layers that the checkpoint may lack. If it lacks anything else, that is an error.
         more: Passed on to `from_pretrained`.
 
     Raises:
-        FedtriError: Where it cannot be loaded or lacks weights of its backbone.
+        FedtriError: If it cannot be loaded, or lacks weights of its backbone.
     """
     where = locate(model)
     try:
@@ -52,7 +54,7 @@ def load_model(
 
 
 def load_config(model: str, what: str) -> PretrainedConfig:
-    """The checkpoint's configuration. Raises FedtriError where there is none."""
+    """The checkpoint's configuration. Raises FedtriError if there is none."""
     try:
         with quiet():
             return AutoConfig.from_pretrained(locate(model))
@@ -61,16 +63,16 @@ def load_config(model: str, what: str) -> PretrainedConfig:
 
 
 def _quantisation(auto: Any, where: str, weights: Weights, head: Callable[[nn.Module], list[str]]) -> dict[str, Any]:
-    """What `from_pretrained` needs to keep the backbone's linear layers in 8 or 4 bits, but not the head's.
+    """The arguments with which `from_pretrained` quantises the backbone's linear layers, but not the head's.
 
-    Raises FedtriError where bitsandbytes is missing.
+    Raises FedtriError if bitsandbytes is missing.
     """
     if find_spec("bitsandbytes") is None:
         raise FedtriError(
             f"model_options.quantization: {weights.quantization} needs bitsandbytes, which is not installed here; "
             "run: pip install 'fedtri[quantized]', or set it to none"
         )
-    # it says at every product that its input is cast
+    # at every product it reports that it casts the input
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     with torch.device("meta"):
         layers = head(auto.from_config(AutoConfig.from_pretrained(where)))
@@ -84,7 +86,7 @@ def _quantisation(auto: Any, where: str, weights: Weights, head: Callable[[nn.Mo
 
 
 def load_processor(auto: Any, model: str, what: str, **more: Any) -> Any:
-    """The tokenizer or processor beside the weights. Raises FedtriError where there is none."""
+    """The tokenizer or processor beside the weights. Raises FedtriError if there is none."""
     try:
         with quiet():
             return auto.from_pretrained(locate(model), **more)
@@ -93,14 +95,17 @@ def load_processor(auto: Any, model: str, what: str, **more: Any) -> Any:
 
 
 def load_tokenizer(model: str, loaded: nn.Module, what: str) -> PreTrainedTokenizerBase:
-    """The tokenizer, with a token to pad with and a length limit, and the model told of the former."""
+    """The tokenizer, with a padding token and a length limit. Sets the padding token in the model's configuration too.
+
+    Raises FedtriError if the tokenizer is missing or has no vocabulary.
+    """
     tokenizer = load_processor(AutoTokenizer, model, what)
-    # transformers invents an empty vocabulary where there is none; a run must not
+    # transformers makes an empty vocabulary if there is none; a run must not start with it
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise FedtriError(f"model: {model} has no vocabulary, expected a tokenizer beside the weights; save one there")
     config: Any = loaded.config
     shape = config.get_text_config()
-    if tokenizer.model_max_length > 1e6:  # it says none: then the model's positions, of which some reserve two
+    if tokenizer.model_max_length > 1e6:  # no limit: take the model's positions, of which some models reserve two
         tokenizer.model_max_length = getattr(shape, "max_position_embeddings", 10**6) - 2
     if shape.pad_token_id is None and tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -110,7 +115,7 @@ def load_tokenizer(model: str, loaded: nn.Module, what: str) -> PreTrainedTokeni
 
 
 def pad_of(tokenizer: PreTrainedTokenizerBase) -> int:
-    """What to fill the places behind a text with: the padding token, or the end where there is none."""
+    """The id of the padding token, or of the end-of-sequence token if there is none."""
     pad = tokenizer.convert_tokens_to_ids(str(tokenizer.pad_token or tokenizer.eos_token))
     assert isinstance(pad, int)
     return pad
@@ -125,7 +130,7 @@ def _refuse(model: str, what: str, error: Exception) -> NoReturn:
 
 
 def _check_whole(model: str, head: Collection[str], fresh: Collection[str]) -> None:
-    """transformers fills what a checkpoint lacks at random; a run must not, but for a head."""
+    """Refuse a checkpoint that lacks weights outside the head: transformers would draw them at random."""
     if lacking := sorted(name for name in fresh if name.rpartition(".")[0] not in head):
         others = f" and {len(lacking) - 1} others" if len(lacking) > 1 else ""
         raise FedtriError(

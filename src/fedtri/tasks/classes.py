@@ -1,4 +1,4 @@
-"""What tasks that predict a class share: loss and hits, a classifier of these classes, and the likeliest class."""
+"""Shared by tasks that predict a class: loss and hits, loading a classifier, and the likeliest class."""
 
 import re
 from collections.abc import Sequence
@@ -15,11 +15,11 @@ from fedtri.tasks import checkpoints
 from fedtri.tasks.base import Scores
 
 NAMELESS = re.compile(r"(LABEL_)?-?\d+")
-"""What a class is called that nobody gave a name: transformers' own names, and numbers."""
+"""Names of classes that nobody named: those that transformers makes up, and numbers."""
 
 
 def classified(logits: Float[Tensor, "batch classes"], labels: Int[Tensor, "batch"]) -> Scores:
-    """Cross-entropy, and whether the largest score is the label's, of each sample."""
+    """Of each sample, the cross-entropy, and 1 if the largest score is the label's, else 0."""
     loss = cross_entropy(logits, labels, reduction="none")
     return Scores(loss, (logits.detach().argmax(-1) == labels).to(loss.dtype))
 
@@ -34,8 +34,8 @@ def load_classifier(
 ) -> tuple[nn.Module, frozenset[str]]:
     """A classifier of these classes, and the names of the parameters that its checkpoint did not have.
 
-    A checkpoint's head is kept where it has the same classes in the same order (capitals aside), or as many, of which
-    one side gives no names; else it counts as fresh.
+    The checkpoint's head is kept if it has the same classes in the same order (upper and lower case are equal). It is
+    also kept if it has the same number of classes and one side gives no names. Else its last layer counts as fresh.
     """
     names = dict(enumerate(label_names))
     own = list((checkpoints.load_config(model, what).id2label or {}).values())
@@ -45,18 +45,18 @@ def load_classifier(
     )  # fmt: skip
     if not same_classes(own, label_names):
         layers = head_layers(loaded)
-        last = layers[-1:]  # those before it do not know the classes
+        last = layers[-1:]  # the layers before it do not depend on the classes
         fresh |= {name for name, _ in loaded.named_parameters() if name.rpartition(".")[0] in last}
     return loaded, fresh
 
 
 def skeleton(auto: Any, shape: PretrainedConfig) -> nn.Module:
-    """The classifier as the class `auto` makes it, or the bare model where the architecture has none."""
+    """The classifier that the class `auto` makes, or the bare model if the architecture has no classifier."""
     return (auto if type(shape) in auto._model_mapping else AutoModel).from_config(shape)
 
 
 def same_classes(own: Sequence[str], label_names: Sequence[str]) -> bool:
-    """Whether two lists of classes mean the same: by name where both have names, by number where one has none."""
+    """Whether two lists of classes are the same: by name if both have names, else by their number."""
     if any(all(NAMELESS.fullmatch(str(name)) for name in names) for names in (own, label_names)):
         return len(own) == len(label_names)
     return [name.casefold() for name in own] == [name.casefold() for name in label_names]

@@ -1,4 +1,4 @@
-"""Prompts, conversations and plain texts as segments, each of which carries loss or does not."""
+"""Turns prompts, conversations and plain texts into segments. Each segment carries loss or does not."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,21 +18,21 @@ ROLES = ("system", "user", "assistant", "tool")
 
 @dataclass(frozen=True)
 class Segment:
-    """A piece of an example that is tokenised by itself."""
+    """A part of an example that is tokenised separately."""
 
     text: str
     learned: bool
     """Whether its tokens carry loss."""
     begins: bool = True
-    """Whether the tokenizer's own beginning goes before it, where it is the first."""
+    """Whether the tokenizer's beginning-of-sequence token goes before it, if it is the first segment."""
     ends: bool = False
-    """Whether the end-of-sequence token follows."""
+    """Whether the end-of-sequence token follows it."""
 
 
 def conversations(source: Source) -> pa.ChunkedArray:
-    """The column of conversations, each a list of {role, content} that ends with a reply of the assistant's.
+    """The column of conversations: each is a list of {role, content} and ends with a reply of the assistant.
 
-    Raises FedtriError naming the example, for anything else.
+    Raises FedtriError that names the first example which is not.
     """
     name = pools.column(source, "messages")
     for row, messages in enumerate(source.table[name].to_pylist(), start=1):
@@ -60,9 +60,9 @@ def _wrong(messages: Any) -> str | None:
 def segments(
     pool: Pool, tokenizer: PreTrainedTokenizerBase, template: Template
 ) -> tuple[list[list[Segment]], list[str]]:
-    """Each example's segments, and its last response ("" for plain text).
+    """The segments of each example, and its last response ("" for plain text).
 
-    Raises FedtriError where a chat template is needed and missing, or cannot be used.
+    Raises FedtriError if a chat template is needed but missing, or cannot be used.
     """
     table, columns = pool.table, pool.table.column_names
     if "messages" in columns:
@@ -80,14 +80,14 @@ def segments(
 
 
 def chats(tokenizer: PreTrainedTokenizerBase, template: Template) -> bool:
-    """Whether prompts go through the tokenizer's chat template. Raises FedtriError where it has none and must."""
+    """Whether prompts go through the tokenizer's chat template. Raises FedtriError if it is needed but missing."""
     if template == "chat" and not tokenizer.chat_template:
         _refuse(template)
     return template == "chat" or (template == "auto" and bool(tokenizer.chat_template))
 
 
 def prompt(tokenizer: PreTrainedTokenizerBase, text: str, template: Template) -> Segment:
-    """A user's prompt as the model was trained to answer it."""
+    """A user's prompt, in the form in which the model was trained to answer it."""
     if chats(tokenizer, template):
         return Segment(_rendered(tokenizer, [_said("user", text)], True), False, begins=False)
     return Segment(f"{text}\n", False)
@@ -106,7 +106,7 @@ def _said(role: str, content: str) -> dict[str, str]:
 
 
 def _turns(tokenizer: PreTrainedTokenizerBase, talk: Sequence[Mapping[str, str]]) -> list[Segment]:
-    """The conversation as its template writes it, cut where the assistant's replies begin and end."""
+    """The conversation as its template writes it, cut at the beginning and end of each reply of the assistant."""
     found, done = [], ""
     for place, message in enumerate(talk):
         if message["role"] != "assistant":

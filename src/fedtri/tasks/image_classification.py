@@ -1,4 +1,4 @@
-"""Classifying images: any AutoModelForImageClassification, cross-entropy, mean-pooled features."""
+"""Image classification: any AutoModelForImageClassification, cross-entropy, mean-pooled features."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ WHAT = "an image classifier"
 
 
 def image_classification() -> Recipe:
-    """One class for an image, by an AutoModelForImageClassification."""
+    """The task of predicting one class for an image, with an AutoModelForImageClassification. It has no options."""
     return Recipe(
         name="image_classification",
         peft_type=None,
@@ -30,11 +30,12 @@ def image_classification() -> Recipe:
         skeleton=partial(classes.skeleton, AutoModelForImageClassification),
         classifies=True,
         answers=answers,
+        example_input="picture.png",
     )
 
 
 def load(model: str, label_names: Sequence[str], weights: Weights) -> Loaded:
-    """An image classifier of these classes and its processor. Raises FedtriError in one line where it is none."""
+    """An image classifier of these classes and its processor. Raises FedtriError if it cannot be loaded as one."""
     loaded, fresh = classes.load_classifier(AutoModelForImageClassification, model, WHAT, weights, label_names)
     return Loaded(loaded, images.load_image_processor(model, loaded, WHAT), fresh)
 
@@ -54,7 +55,7 @@ class ImageClassification:
         return classes.classified(self.logits(model, batch), batch["labels"])
 
     def feature_size(self, model: nn.Module) -> int:
-        """The backbone's hidden size, of its last stage where it has several."""
+        """The backbone's hidden size; that of the last stage if it has several stages."""
         config: Any = model.get_submodule(backbone_of(model)).config
         stages = getattr(config, "hidden_sizes", None)
         return stages[-1] if stages else config.hidden_size

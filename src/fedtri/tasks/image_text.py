@@ -1,4 +1,4 @@
-"""Classifying images by texts, as CLIP does: an image's class is the one whose prompt lies nearest to it.
+"""Image classification by texts, as CLIP does it: the class of an image is the one with the most similar prompt.
 
     p(class | image) ∝ exp(t · cos(image tower(image), text tower(prompt of the class)))     t: the model's own scale
 
@@ -28,7 +28,14 @@ WHAT = "a CLIP model"
 
 
 def image_text(*, prompt: str = "a photo of a {}") -> Recipe:
-    """One class for an image, by a CLIPModel; `prompt` makes a text of a class's name, which goes where {} is."""
+    """The task of predicting one class for an image, with a CLIPModel.
+
+    Args:
+        prompt: The text for a class; its name goes where {} is.
+
+    Raises:
+        FedtriError: If `prompt` does not hold {} exactly once.
+    """
     if prompt.count("{}") != 1:
         raise FedtriError(
             f"task_options.prompt: expected a text with one {{}}, where the class's name goes, got {prompt!r}"
@@ -45,28 +52,29 @@ def image_text(*, prompt: str = "a photo of a {}") -> Recipe:
         head=lambda model: [],
         classifies=True,
         answers=partial(answers, prompt),
+        example_input="picture.png",
     )
 
 
 @dataclass(frozen=True)
 class Processor:
-    """What turns images and prompts into a CLIP model's inputs."""
+    """Turns images and prompts into the inputs of a CLIP model."""
 
     images: images.ImageProcessor
     tokenizer: Any
     limit: int
-    """Tokens that the text tower takes."""
+    """The largest number of tokens that the text tower takes."""
     end: int | None
-    """The token whose state stands for a prompt; None where it is the largest one."""
+    """The id of the token whose state represents a prompt; None if that is the token with the largest id."""
 
     def save_pretrained(self, folder: Any) -> None:
-        """Both beside the weights, as transformers keeps them."""
+        """Write both beside the weights, as transformers does."""
         self.images.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
 
 def load(model: str, label_names: Sequence[str], weights: Weights) -> Loaded:
-    """A CLIP model, its image processor and tokenizer. Raises FedtriError in one line where it is none."""
+    """A CLIP model, its image processor and its tokenizer. Raises FedtriError if it cannot be loaded as one."""
     config: Any = checkpoints.load_config(model, WHAT)
     if config.model_type != "clip":
         raise FedtriError(f"model: {model} is of type {config.model_type!r}, expected {WHAT} for task image_text")
@@ -85,7 +93,7 @@ def load(model: str, label_names: Sequence[str], weights: Weights) -> Loaded:
 
 
 def learning(prompt: str, label_names: Sequence[str], processor: Processor) -> "ImageText":
-    """Images against these classes' prompts. Raises FedtriError for prompts that are too long, or that are the same."""
+    """Scores images against the prompts of these classes. Raises FedtriError if one is too long or occurs twice."""
     texts = [prompt.format(name) for name in label_names]
     found = processor.tokenizer(texts)["input_ids"]
     for text, ids in zip(texts, found, strict=True):
@@ -107,7 +115,7 @@ def learning(prompt: str, label_names: Sequence[str], processor: Processor) -> "
 
 @dataclass(frozen=True)
 class ImageText:
-    """Cross-entropy over the similarities of an image and every class's prompt."""
+    """Cross-entropy over the similarities between an image and the prompts of all classes."""
 
     classes: int
     prompts: Int[Tensor, "classes tokens"]
@@ -126,7 +134,7 @@ class ImageText:
         return classes.classified(self.logits(model, batch), batch["labels"])
 
     def feature_size(self, model: nn.Module) -> int:
-        """The width of the space that both towers project to."""
+        """The dimension of the space into which both towers project."""
         config: Any = model.config
         return config.projection_dim
 

@@ -1,7 +1,7 @@
-"""Images as model inputs: decoded and cut to the model's size once, kept in 8 bits, made into floats batch by batch.
+"""Images as model inputs: decoded and cut to the model's size once, kept in 8 bits, turned into floats for each batch.
 
-What a processor does last, x/255, minus a mean, by a deviation, waits for the batch; a processor that does something
-else keeps floats, four times the memory. 10,000 images of 224 × 224 take 1.5 GB in 8 bits.
+The last step of a processor, (x / 255 − mean) / deviation, is done only when a batch is made. If a processor has
+another last step, its floats are kept, in four times the memory. 10,000 images of 224 × 224 take 1.5 GB in 8 bits.
 """
 
 from collections.abc import Sequence
@@ -24,14 +24,14 @@ from fedtri.tasks import checkpoints
 from fedtri.tasks.base import Batch, Rows
 
 CHUNK = 64
-"""Images decoded at a time."""
+"""The number of images that are decoded at a time."""
 PATCH = 16
-"""The side of a token in pixels where a model does not say it."""
+"""The side of a patch in pixels, if a model does not say it."""
 
 
 @dataclass(frozen=True)
 class Pixels:
-    """Images of one size, as a processor cut them: what a model sees is values · scale + shift."""
+    """Images of one size, as a processor cut them. The model's input is values · scale + shift."""
 
     values: Num[np.ndarray, "n 3 height width"]
     scale: Float[np.ndarray, "#channels 1 1"]
@@ -48,17 +48,17 @@ class ImageExamples:
 
     pixels: Pixels
     tokens: int
-    """How many tokens a model makes of an image."""
+    """The number of tokens of an image in the model."""
     labels: Int[np.ndarray, "n"]
 
     @property
     def lengths(self) -> Int[np.ndarray, "n"]:
-        """Tokens of each image, the same for all."""
+        """The number of tokens of each image; it is the same for all."""
         return np.full(len(self.labels), self.tokens)
 
     @property
     def terms(self) -> Int[np.ndarray, "n"]:
-        """One class each."""
+        """1 for each image: it has one class."""
         return np.ones(len(self.labels), np.int64)
 
     def batch(self, rows: Rows) -> Batch:
@@ -68,31 +68,31 @@ class ImageExamples:
 
 @dataclass(frozen=True)
 class ImageProcessor:
-    """A checkpoint's image processor, and what its model makes of an image."""
+    """A checkpoint's image processor, and the number of tokens of an image in its model."""
 
     processor: Any
     tokens: int
 
     def save_pretrained(self, folder: Any) -> None:
-        """Beside the weights, as transformers keeps it."""
+        """Write it beside the weights, as transformers does."""
         self.processor.save_pretrained(folder)
 
 
 def pool(source: Source) -> Pool:
-    """Columns "image" and "label". Raises FedtriError for a column that cannot be."""
+    """Columns "image" and "label". Raises FedtriError if a column is missing or cannot be used."""
     found, label = column_of_images(source), pools.column(source, "label")
     ids, names = pools.labels(source, label)
     return pools.made(source, {"image": found, "label": ids}, {pools.column(source, "image")}, names, classifies=True)
 
 
 def examples(pool: Pool, processor: ImageProcessor) -> ImageExamples:
-    """The pool decoded and cut to size. Raises FedtriError that names an image which cannot be read."""
+    """The pool, decoded and cut to size. Raises FedtriError that names an image which cannot be read."""
     assert pool.labels is not None
     return ImageExamples(pixels_of(pool.table["image"], processor.processor), processor.tokens, pool.labels)
 
 
 def pixels_of(images: Sequence[Any], processor: Any) -> Pixels:
-    """Every image (as `data.images.KEPT` says) through the processor, `CHUNK` of them decoded at a time."""
+    """All images (in the form of `data.images.KEPT`), processed; `CHUNK` of them are decoded at a time."""
     first = opened(images[0])
     whole = _processed(processor, [first])
     scale, shift = _last_step(processor)
@@ -108,18 +108,18 @@ def pixels_of(images: Sequence[Any], processor: Any) -> Pixels:
 
 
 def pixels(model: nn.Module, batch: Batch) -> Float[Tensor, "batch 3 height width"]:
-    """A batch's images in the model's own number type."""
+    """The images of a batch, in the model's own number type."""
     return batch["pixel_values"].to(next(model.parameters()).dtype)
 
 
 def of_files(paths: Sequence[str], processor: ImageProcessor) -> Float[Tensor, "n 3 height width"]:
-    """These image files as a batch. Raises FedtriError for one that cannot be read."""
+    """These image files as a batch. Raises FedtriError that names a file which cannot be read."""
     kept = [{"bytes": None, "path": path, "name": path} for path in paths]
     return pixels_of(kept, processor.processor).batch(np.arange(len(kept)))
 
 
 def _last_step(processor: Any) -> tuple[np.ndarray, np.ndarray]:
-    """(scale, shift), (channels, 1, 1) each, of a processor's x/255, minus a mean, by a deviation."""
+    """A processor's (x / 255 − mean) / deviation as x · scale + shift: (scale, shift), each (channels, 1, 1)."""
     factor = float(processor.rescale_factor) if processor.do_rescale else 1.0
     mean, deviation = (processor.image_mean, processor.image_std) if processor.do_normalize else (0.0, 1.0)
     mean, deviation = (np.atleast_1d(np.asarray(value, np.float64))[:, None, None] for value in (mean, deviation))
@@ -131,15 +131,16 @@ def _processed(processor: Any, images: Sequence[Image.Image], **more: Any) -> np
 
 
 def load_image_processor(model: str, loaded: nn.Module, what: str) -> ImageProcessor:
-    """The processor beside the weights, by Pillow. Raises FedtriError where there is none, or it does not fit.
+    """The processor beside the weights, in its Pillow version. Raises FedtriError if it is missing or does not fit.
 
-    It is Pillow's for everyone: torchvision's rounds otherwise, and results must not depend on what is installed.
+    The Pillow version is always taken. That of torchvision rounds differently, and results must not depend on whether
+    torchvision is installed.
     """
     return fitting(checkpoints.load_processor(AutoImageProcessor, model, what, backend="pil"), model, loaded)
 
 
 def fitting(processor: Any, model: str, loaded: nn.Module) -> ImageProcessor:
-    """The processor with what its model makes of an image; refused where the model takes images of another shape."""
+    """The processor and its model's number of tokens. Raises FedtriError if the model takes images of another shape."""
     config: Any = loaded.config
     vision: Any = getattr(config, "vision_config", config)
     sizes = {_processed(processor, [Image.new("RGB", size)]).shape[1:] for size in ((40, 30), (30, 50))}
@@ -158,5 +159,5 @@ def fitting(processor: Any, model: str, loaded: nn.Module) -> ImageProcessor:
 
 
 def _pair(value: Any) -> tuple[int, int] | None:
-    """A side given once or twice."""
+    """(height, width) from one number or two; None stays None."""
     return None if value is None else (value, value) if isinstance(value, int) else tuple(value)

@@ -1,4 +1,4 @@
-"""One vector for a text: what sketches of language tasks are made of."""
+"""One vector for a text. The sketches of language tasks are made of these vectors."""
 
 from jaxtyping import Float
 from torch import Tensor

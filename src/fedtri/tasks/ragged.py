@@ -1,4 +1,4 @@
-"""Rows of different lengths kept end to end, and padded to a grid when a batch is asked for."""
+"""Rows of different lengths, stored end to end. They are padded only when a batch is made."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -27,7 +27,7 @@ class Ragged:
         return Ragged(np.fromiter(_flat(rows), np.int32, int(ends[-1])), ends)
 
     def mask(self, rows: Int[np.ndarray, "batch"], *, left: bool = False) -> np.ndarray:
-        """(batch, longest) booleans: where these rows have a value, padded on the right or on the left."""
+        """(batch, longest) booleans: True where a row has a value. The padding is on the right, or on the left."""
         lengths = self.lengths[rows]
         places = np.arange(int(lengths.max()))
         return places >= places.size - lengths[:, None] if left else places < lengths[:, None]

@@ -1,4 +1,4 @@
-"""What tasks that answer in text share: loss on a response's own tokens, greedy answers, how answers are judged."""
+"""Shared by tasks that answer in text: loss on a response's tokens, greedy answers, and how answers are judged."""
 
 import math
 import re
@@ -27,8 +27,8 @@ _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
 def response_scores(model: Model, inputs: Batch, labels: Int[Tensor, "batch tokens"]) -> Scores:
     """Cross-entropy and hits of each sample, summed over the tokens whose label is not IGNORED.
 
-    The token at place t is predicted from those before it. Logits are computed for the columns alone that some
-    sample needs, where the model can.
+    The token at place t is predicted from the tokens before it. If the model can, it computes logits only for the
+    places that some sample needs.
     """
     wanted = labels[:, 1:]
     columns = torch.nonzero((wanted != IGNORED).any(0))[:, 0]
@@ -61,14 +61,14 @@ def generate(model: nn.Module, tokenizer: PreTrainedTokenizerBase, inputs: Batch
 
 @dataclass(frozen=True)
 class Asking:
-    """Whether test prompts are answered by generation and how the answers are judged; options of a task."""
+    """Options of a task: whether the model answers test prompts, and how the answers are judged."""
 
     exact_match: ExactMatch
     generations: int
     max_new_tokens: int
 
     def __post_init__(self) -> None:
-        """Raises FedtriError for less than one answer or token."""
+        """Raises FedtriError if either number is less than 1."""
         if self.generations < 1 or self.max_new_tokens < 1:
             raise FedtriError(
                 "task_options: expected generations and max_new_tokens of at least 1, "
@@ -111,7 +111,7 @@ def exact_matches(
 
 
 def same(said: str, expected: str, judged: ExactMatch) -> bool:
-    """Whether an answer is right: its final number, or all of its text but for outer white space."""
+    """Whether an answer is right: by its final number, or by its whole text without white space at both ends."""
     if judged == "number":
         number = final_number(expected)
         return number is not None and final_number(said) == number
@@ -119,7 +119,7 @@ def same(said: str, expected: str, judged: ExactMatch) -> bool:
 
 
 def final_number(text: str) -> float | None:
-    """The number behind the last "####", as GSM8K marks it, or else the last number of the text; None without one."""
+    """The number after the last "####" (GSM8K's mark), or else the last number of the text; None if there is none."""
     _, marked, answer = text.rpartition("####")
     found = _NUMBER.findall(answer)
     if not found:

@@ -1,4 +1,4 @@
-"""Classifying texts or pairs of texts: tokenised once into flat arrays, cross-entropy, mean-pooled features."""
+"""Classification of texts or pairs of texts: tokenised once into flat arrays, cross-entropy, mean-pooled features."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +22,7 @@ WHAT = "a text classifier"
 
 
 def text_classification() -> Recipe:
-    """One class for a text or a pair of texts, by an AutoModelForSequenceClassification."""
+    """The task of predicting one class for a text or a pair of texts, with an AutoModelForSequenceClassification."""
     return Recipe(
         name="text_classification",
         peft_type="SEQ_CLS",
@@ -39,7 +39,7 @@ def text_classification() -> Recipe:
 
 
 def pool(source: Source) -> Pool:
-    """Columns "text", "text_pair" where there is one, and "label". Raises FedtriError for a column that cannot be."""
+    """Columns "text", "label", and "text_pair" if there is one. Raises FedtriError if a column cannot be used."""
     texts = {role: pools.texts(source, role) for role in ("text", "text_pair") if _has(source, role)}
     label = pools.column(source, "label")
     used = {pools.optional(source, role) for role in texts}
@@ -53,7 +53,7 @@ def _has(source: Source, role: str) -> bool:
 
 @dataclass(frozen=True)
 class TextExamples:
-    """Token ids of all examples, and their classes."""
+    """The token ids of all examples, and their classes."""
 
     tokens: Ragged
     types: Ragged | None
@@ -70,7 +70,7 @@ class TextExamples:
         return self.tokens.lengths
 
     def batch(self, rows: Rows) -> Batch:
-        """input_ids, attention_mask (absent where nothing is padded), token_type_ids where used, labels."""
+        """input_ids, attention_mask (absent if nothing is padded), token_type_ids (if the model uses them), labels."""
         mask = self.tokens.mask(rows)
         batch = {"labels": torch.from_numpy(self.labels[rows])}
         batch["input_ids"] = self.tokens.padded(rows, mask, self.pad)
@@ -82,7 +82,7 @@ class TextExamples:
 
 
 def examples(pool: Pool, tokenizer: PreTrainedTokenizerBase, max_length: int) -> TextExamples:
-    """The pool tokenised."""
+    """The pool, tokenised."""
     pairs = pool.table["text_pair"][:] if "text_pair" in pool.table.column_names else None
     labels = pool.labels
     assert labels is not None
@@ -141,7 +141,7 @@ class TextClassification:
 
 
 def load(model: str, label_names: Sequence[str], weights: Weights) -> Loaded:
-    """A sequence classifier of these classes and its tokenizer. Raises FedtriError in one line where it is none."""
+    """A sequence classifier of these classes and its tokenizer. Raises FedtriError if it cannot be loaded as one."""
     loaded, fresh = classes.load_classifier(AutoModelForSequenceClassification, model, WHAT, weights, label_names)
     return Loaded(loaded, checkpoints.load_tokenizer(model, loaded, WHAT), fresh)
 

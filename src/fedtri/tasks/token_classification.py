@@ -1,4 +1,4 @@
-"""Tagging the words of a text: one class a word, scored at the word's first token."""
+"""Tagging the words of a text: one class for each word, scored at the word's first token."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ WHAT = "a token classifier"
 
 
 def token_classification() -> Recipe:
-    """One class for each word of a text, by an AutoModelForTokenClassification."""
+    """The task of predicting one class for each word of a text, with an AutoModelForTokenClassification."""
     return Recipe(
         name="token_classification",
         peft_type="TOKEN_CLS",
@@ -42,9 +42,9 @@ def token_classification() -> Recipe:
 
 
 def pool(source: Source) -> Pool:
-    """Columns "tokens" (lists of words) and "tags" (ids, one a word). Sketches know no classes here.
+    """Columns "tokens" (lists of words) and "tags" (one id for each word). Sketches have no classes here.
 
-    Raises FedtriError for a column that holds something else, and for an example with more tags than words or fewer.
+    Raises FedtriError if a column holds something else, or an example has not as many tags as words.
     """
     names = {role: pools.column(source, role) for role in ("tokens", "tags")}
     words, tags = (source.table[name].to_pylist() for name in names.values())
@@ -74,7 +74,7 @@ def pool(source: Source) -> Pool:
 
 @dataclass(frozen=True)
 class TaggedTexts:
-    """Token ids of all examples, and the class of each word's first token, IGNORED elsewhere."""
+    """The token ids of all examples, and for each token the class of the word that begins there, else IGNORED."""
 
     tokens: Ragged
     tags: Ragged
@@ -100,14 +100,14 @@ class TaggedTexts:
 
 
 def examples(pool: Pool, tokenizer: PreTrainedTokenizerBase, max_length: int) -> TaggedTexts:
-    """The pool tokenised; words beyond max_length tokens are cut off and not scored."""
+    """The pool, tokenised. Words beyond max_length tokens are cut off and not scored."""
     return tokenize(tokenizer, pool.table["tokens"][:], pool.table["tags"][:], max_length)
 
 
 def tokenize(
     tokenizer: PreTrainedTokenizerBase, words: Sequence[Sequence[str]], tags: Sequence[Sequence[int]], max_length: int
 ) -> TaggedTexts:
-    """Tokenise texts that are split into words. Raises FedtriError where the tokenizer is not a fast one."""
+    """Tokenise texts that are split into words. Raises FedtriError if the tokenizer is not a fast one."""
     if not tokenizer.is_fast:
         raise FedtriError("model: token_classification needs a fast tokenizer; save a tokenizer.json beside the model")
     limit = min(max_length, tokenizer.model_max_length)
@@ -123,11 +123,11 @@ def tokenize(
 
 @dataclass(frozen=True)
 class TokenClassification:
-    """Cross-entropy over the classes at each word's first token; accuracy is that of words."""
+    """Cross-entropy over the classes, at each word's first token. Accuracy counts words."""
 
     tags: int
     classes: int = 1
-    """Those of sketches, which know no tags: one mixture over all texts."""
+    """The classes of sketches. Sketches do not use tags: one mixture describes all texts."""
 
     def scores(self, model: Model, batch: Batch) -> Scores:
         """Loss and hits of each text, summed over its words."""
@@ -152,7 +152,7 @@ class TokenClassification:
 
 
 def load(model: str, label_names: Sequence[str], weights: Weights) -> Loaded:
-    """A token classifier of these classes and its tokenizer. Raises FedtriError in one line where it is none."""
+    """A token classifier of these classes and its tokenizer. Raises FedtriError if it cannot be loaded as one."""
     loaded, fresh = classes.load_classifier(AutoModelForTokenClassification, model, WHAT, weights, label_names)
     return Loaded(loaded, checkpoints.load_tokenizer(model, loaded, WHAT), fresh)
 

@@ -1,7 +1,8 @@
-"""Models that answer a prompt about an image, as LLaVA does: loss on the response alone, as in causal_lm.
+"""Models that answer a prompt about an image, as LLaVA does: loss on the response only, as in causal_lm.
 
-The image goes before its prompt, as so many image tokens as the processor makes of it; the vision tower's states take
-their places. Both towers are adapted. Models that make one grid of pixels of an image are taken, others refused.
+The image stands before its prompt, as a fixed number of image tokens. The model replaces them by the states of its
+vision tower. Both towers are adapted. A model is accepted if its processor makes one grid of pixels of an image, else
+it is refused.
 """
 
 from collections.abc import Mapping, Sequence
@@ -34,14 +35,14 @@ WHAT = "a model of images and text"
 def vision_language(
     *, template: Template = "auto", exact_match: ExactMatch = "none", generations: int = 50, max_new_tokens: int = 64
 ) -> Recipe:
-    """The response to a prompt about an image, by an AutoModelForImageTextToText.
+    """The task of writing a response to a prompt about an image, with an AutoModelForImageTextToText.
 
     Args:
-        template: "chat" by the processor's chat template, "plain" as image, line break, prompt, line break; "auto" is
-            chat where the processor has a template.
-        exact_match: Whether test prompts are answered by generation and judged, by their final number or whole text.
-        generations: At most so many test prompts a client are answered.
-        max_new_tokens: The longest answer.
+        template: "chat": by the processor's chat template. "plain": image, line break, prompt, line break. "auto":
+            "chat" if the processor has a template, else "plain".
+        exact_match: Whether the model answers test prompts, and what is compared: "number", "text", or "none".
+        generations: The largest number of test prompts that are answered for each client.
+        max_new_tokens: The longest answer, in tokens.
     """
     asking = Asking(exact_match, generations, max_new_tokens)
 
@@ -62,7 +63,10 @@ def vision_language(
 
 
 def pool(source: Source) -> Pool:
-    """Columns "image", "prompt" and "response"; and "label" where examples have a domain. Raises FedtriError."""
+    """Columns "image", "prompt" and "response"; and "label" if examples have a domain.
+
+    Raises FedtriError if a column is missing or cannot be used.
+    """
     found: dict[str, Any] = {role: pools.texts(source, role) for role in ("prompt", "response")}
     found["image"] = columns.images(source)
     return pools.made_by_domain(source, found)
@@ -70,30 +74,32 @@ def pool(source: Source) -> Pool:
 
 @dataclass(frozen=True)
 class Processor:
-    """What turns an image and a prompt into a model's inputs."""
+    """Turns an image and a prompt into the inputs of a model."""
 
     processor: Any
     tokenizer: Any
     tokens: int
-    """Image tokens that stand for an image."""
+    """The number of image tokens for an image."""
 
     def save_pretrained(self, folder: Any) -> None:
-        """Beside the weights, as transformers keeps it."""
+        """Write it beside the weights, as transformers does."""
         self.processor.save_pretrained(folder)
 
     @property
     def image(self) -> str:
-        """An image in a text, before it is expanded."""
+        """The text that stands for an image, before it is expanded."""
         return self.processor.image_token
 
     def expanded(self, text: str) -> str:
-        """The text with as many image tokens as the image has."""
+        """The text, with all image tokens of the image in place of the one that stands for it."""
         return text.replace(self.image, self.image * self.tokens)
 
 
 def load(model: str, label_names: Sequence[str], weights: Weights) -> Loaded:
-    """A model, its processor and tokenizer. Raises FedtriError in one line where it is none, or lays images out
-    in a way of its own."""
+    """A model, its processor and its tokenizer.
+
+    Raises FedtriError if it cannot be loaded, or if its inputs for an image differ from LLaVA's.
+    """
     loaded, fresh = checkpoints.load_model(AutoModelForImageTextToText, model, WHAT, weights, lambda _: [])
     tokenizer = checkpoints.load_tokenizer(model, loaded, WHAT)
     processor = checkpoints.load_processor(AutoProcessor, model, WHAT, backend="pil")
@@ -119,39 +125,39 @@ def load(model: str, label_names: Sequence[str], weights: Weights) -> Loaded:
 
 @dataclass(frozen=True)
 class Seen:
-    """Texts to continue, and the image that each is about."""
+    """Texts to continue, and the image of each text."""
 
     text: TextToContinue
     pixels: Pixels
 
     @property
     def lengths(self) -> Int[np.ndarray, "n"]:
-        """Tokens of each example, those of its image included."""
+        """The number of tokens of each example, with those of its image."""
         return self.text.lengths
 
     @property
     def terms(self) -> Int[np.ndarray, "n"]:
-        """Response tokens of each example."""
+        """The number of response tokens of each example."""
         return self.text.terms
 
     @property
     def labels(self) -> Int[np.ndarray, "n"] | None:
-        """The domain of each example, where there are any."""
+        """The domain of each example; None if there are none."""
         return self.text.labels
 
     def batch(self, rows: Rows) -> Batch:
-        """Those of the texts, and pixel_values."""
+        """The inputs of the texts, and pixel_values."""
         return {**self.text.batch(rows), "pixel_values": self.pixels.batch(rows)}
 
     def prompts(self, rows: Sequence[int]) -> Batch:
-        """What precedes the responses, padded on the left, and pixel_values."""
+        """Everything before the responses, padded on the left, and pixel_values."""
         return {**self.text.prompts(rows), "pixel_values": self.pixels.batch(np.asarray(rows, np.int64))}
 
 
 def examples(pool: Pool, processor: Processor, max_length: int, template: Template = "auto") -> Seen:
-    """The pool tokenised and decoded. An over-long example loses the end of its response, never its image.
+    """The pool, tokenised and decoded. An example that is too long loses the end of its response, never its image.
 
-    Raises FedtriError where nothing of a response is left, a text holds the image token, or an image cannot be read.
+    Raises FedtriError if nothing of a response is left, a text holds the image token, or an image cannot be read.
     """
     prompts, responses = pool.table["prompt"][:], pool.table["response"][:]
     for number, texts in enumerate(zip(prompts, responses, strict=True), start=1):
@@ -184,7 +190,7 @@ def _plain(processor: Processor, prompt: str, response: str) -> list[Segment]:
 
 
 def _turns(processor: Processor, prompt: str, response: str) -> list[Segment]:
-    """The two turns as the template writes them, cut where the response begins."""
+    """The two turns as the template writes them, cut at the beginning of the response."""
     asked = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}
     said = {"role": "assistant", "content": [{"type": "text", "text": response}]}
     write = processor.processor.apply_chat_template
@@ -199,7 +205,7 @@ def _turns(processor: Processor, prompt: str, response: str) -> list[Segment]:
 
 @dataclass(frozen=True)
 class VisionLanguage:
-    """Cross-entropy of each response token given the image and all before it; accuracy is that of tokens."""
+    """Cross-entropy of each response token, given the image and all tokens before it. Accuracy counts tokens."""
 
     classes: int
     tokenizer: Any
@@ -233,5 +239,5 @@ class VisionLanguage:
 
 
 def _inputs(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
-    """What the model takes of a batch."""
+    """The part of a batch that goes into the model, with images in its number type."""
     return {**inputs_of(batch), "pixel_values": images.pixels(model, batch)}

@@ -32,9 +32,7 @@ class Laid:
     """Query heads that share a key and value head."""
 
 
-def laid(
-    source: Int[Tensor, "rows width"], places: Int[Tensor, "tokens"], heads: int, groups: int = 1
-) -> Laid:
+def laid(source: Int[Tensor, "rows width"], places: Int[Tensor, "tokens"], heads: int, groups: int = 1) -> Laid:
     """The indices of rows in which place (i, j) holds token source[i, j], and token t is in place places[t]."""
     rows, width = source.shape
     head = torch.arange(heads, device=source.device)

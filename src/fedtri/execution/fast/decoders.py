@@ -1,7 +1,7 @@
 """Llama and its kin, GPT-2 and GPT-NeoX, written out: layers that look back, and what stands on them.
 
-    h = x + output(attention(query(norm x), key(norm x), value(norm x)))
-    y = h + down(activation(gate(norm h)) · up(norm h))
+h = x + output(attention(query(norm x), key(norm x), value(norm x)))
+y = h + down(activation(gate(norm h)) · up(norm h))
 """
 
 from collections.abc import Callable

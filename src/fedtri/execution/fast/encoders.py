@@ -1,7 +1,7 @@
 """BERT and its kin, written out: embeddings, layers of attention and feed-forward part, heads.
 
-    h = norm(x + output(attention(query(x), key(x), value(x))))
-    y = norm(h + output(activation(intermediate(h))))
+h = norm(x + output(attention(query(x), key(x), value(x))))
+y = norm(h + output(activation(intermediate(h))))
 """
 
 from collections.abc import Callable

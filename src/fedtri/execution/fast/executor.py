@@ -6,7 +6,7 @@ AdamW is its own: what it learns does not depend, but for rounding, on who train
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from importlib import import_module
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fedtri.adapters import model as adapters
 from fedtri.adapters.bfloat16 import ROWS
 from fedtri.adapters.layout import Key, Layout
-from fedtri.adapters.model import Adapter, AdaptedModel
+from fedtri.adapters.model import AdaptedModel, Adapter
 from fedtri.execution.executor import ClientModel, OnStep, Optimization, Rows, Scoring, Training, minibatches
 from fedtri.execution.fast.kept import Keeping, KeptStates
 from fedtri.execution.fast.model import Frozen, SharedPass
@@ -138,9 +138,7 @@ class FastExecutor:
                 one = work[place]
                 if one.further and not worker.stop():
                     self._load(one.model)
-                    found[place] |= self.task.more_metrics(
-                        self.adapted.model, self.examples, one.rows, found[place]
-                    )
+                    found[place] |= self.task.more_metrics(self.adapted.model, self.examples, one.rows, found[place])
             return found
 
         shares = self._shares(range(len(work)), [self._tokens(one.rows) for one in work])
@@ -272,9 +270,7 @@ class _Client:
 
 def _adapter(adapted: AdaptedModel, own: ClientModel, learning: Mapping[Key, nn.Parameter]) -> Adapter:
     """A client's tensors by layer, with the parameters that learn in their places."""
-    return adapters.adapter(
-        adapted, {**own.factors, **learning}, rank=own.rank, alpha=own.alpha, classes=own.classes
-    )
+    return adapters.adapter(adapted, {**own.factors, **learning}, rank=own.rank, alpha=own.alpha, classes=own.classes)
 
 
 def first_adapted(adapted: AdaptedModel) -> int:

@@ -1,6 +1,6 @@
 """Linear layers over the tokens of several clients: one product with the frozen weight, and each client's own factors.
 
-The tokens of a client are one run of a matrix's rows. Its factors meet that run alone, so that no client's numbers reach
+The tokens of a client are one run of a matrix's rows. Its factors meet that run alone, so no client's numbers reach
 another's.
 """
 
@@ -52,8 +52,7 @@ def apply(layer: Any, x: Float[Tensor, "n d_in"], runs: Runs) -> Float[Tensor, "
         return ByClient.apply(x, weight, bias, runs.bounds, *factors)  # pyright: ignore
     y = layer.base(x)
     parts = [
-        adapt(y[start:stop], x[start:stop], layer, own)
-        for own, (start, stop) in zip(owns, runs.bounds, strict=True)
+        adapt(y[start:stop], x[start:stop], layer, own) for own, (start, stop) in zip(owns, runs.bounds, strict=True)
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -99,5 +98,3 @@ class ByClient(torch.autograd.Function):
                 part.mT @ z if wants_B else None,
             ]  # fmt: skip
         return (dx, None, None, None, *found)
-
-

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fedtri.adapters.model import Adapter, AdaptedModel
+from fedtri.adapters.model import AdaptedModel, Adapter
 from fedtri.execution.fast.passes import Pass, Runs, Shape, lay_out, scattered
 from fedtri.execution.fast.table import architecture_of, head_of
 

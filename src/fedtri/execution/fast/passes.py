@@ -189,5 +189,3 @@ def scattered(x: Float[Tensor, "n d"], where: Bool[Tensor, "*grid"]) -> Float[Te
     """Rows laid where `where` is true, in its order; zeros elsewhere."""
     grid = x.new_zeros(where.numel(), x.shape[-1])
     return grid.index_copy(0, torch.nonzero(where.flatten())[:, 0], x).unflatten(0, where.shape)
-
-

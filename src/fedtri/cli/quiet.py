@@ -1,0 +1,5 @@
+"""Warnings."""
+
+
+def known_noise() -> None:
+    """None yet."""

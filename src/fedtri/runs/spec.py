@@ -1,0 +1,303 @@
+"""The Spec: everything that both ends of a federation derive from its configuration, built by one function.
+
+The simulator, a site, the server, `fedtri deploy check`, `fedtri cost` and finished models all start from a Spec. So
+two ends that have the same configuration cannot disagree. No weights are loaded for it: shapes come from the model's
+configuration alone.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig
+
+from fedtri import methods, tasks
+from fedtri.adapters.layer import Kind, shape_of
+from fedtri.adapters.layout import Layer, Layout
+from fedtri.aggregation import server_optimizers
+from fedtri.communication.codec import Codec, SketchSize
+from fedtri.communication.numbers import NUMBERS
+from fedtri.config import Config
+from fedtri.config.schema import ModelOptions, Wire
+from fedtri.errors import FedtriError
+from fedtri.execution.executor import Optimization
+from fedtri.federation.loop import Schedule
+from fedtri.federation.server import Expectation, sample
+from fedtri.messages import POOLED
+from fedtri.method import Method
+from fedtri.models.loading import find_targets, locate
+from fedtri.seeds import derive
+from fedtri.state import Scales
+from fedtri.tasks import Recipe
+
+OWN = frozenset({
+    "model", "data", "device", "out", "clients", "partition", "data_options", "simulation", "columns", "transport",
+})  # fmt: skip
+"""Keys of one machine: its paths and hardware, and what exists in simulation alone. They may differ between the ends,
+and change nothing in the Spec but what they describe (the shapes of another model, the clients of a partition)."""
+RESUMABLE = frozenset({"rounds"})
+"""Keys that both ends share, but that may be raised before a run is resumed: they are not part of the fingerprint."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What both ends of a federation derive from its configuration."""
+
+    clients: tuple[str, ...]
+    """Their names, sorted."""
+    labels: tuple[str, ...]
+    """The names of the classes in the order of their ids; empty where there are none."""
+    layout: Layout
+    """Which tensors a client has."""
+    scales: Scales
+    """Alpha, and each client's rank."""
+    kind: Kind
+    """The kind of adapter: lora, dora or hira."""
+    model_options: ModelOptions
+    optimization: Optimization
+    schedule: Schedule
+    wire: Wire
+    sketch: SketchSize
+    max_length: int
+    shares: tuple[float, float, float]
+    """What part of a client's examples is for training, validation and test."""
+    seed: int
+    own_classes: bool
+    """Whether each client's head has the classes of its own examples alone."""
+    init_adapter: str | None
+    """A PEFT adapter to start from."""
+    fingerprint: bytes
+    """8 bytes that differ where any setting differs that both ends must share."""
+    method: Method = field(compare=False, repr=False)
+    """Functions cannot be compared; the fingerprint covers the method's name and options, and the task's."""
+    recipe: Recipe = field(compare=False, repr=False)
+
+    @property
+    def validates(self) -> bool:
+        """Whether clients report the loss on their validation split: early stopping needs it."""
+        return self.schedule.patience is not None
+
+    @property
+    def targets(self) -> list[str]:
+        """The names of the layers that are adapted."""
+        return [layer.name for layer in self.layout.layers]
+
+    @property
+    def largest_rank(self) -> int:
+        """The largest rank of a client."""
+        return max(self.scales.ranks.values())
+
+    @property
+    def codec(self) -> Codec:
+        """How this federation's messages become bytes."""
+        expected = Expectation(self.layout, self.scales, self.wire.norm_bound)
+        return Codec(expected, self.method.plan, self.wire.dtype, self.sketch, self.fingerprint)
+
+    def payload_bytes(self, client: str) -> int:
+        """The bytes of the numbers alone that this client sends in the first round."""
+        shapes, numbers = self.layout.shapes(self.scales.ranks[client]), NUMBERS[self.wire.dtype]
+        return sum(numbers.size(math.prod(shapes[key])) for key in self.layout.keys(self.method.plan(0).up))
+
+
+def spec_of(config: Config, clients: Sequence[str], labels: Sequence[str], plain: nn.Module | None = None) -> Spec:
+    """The Spec of a configuration.
+
+    Args:
+        config: The configuration, as this machine has it.
+        clients: The clients' names: on a network those of [network], in simulation those of the partition.
+        labels: The names of the classes in the order of their ids, from the same place.
+        plain: The model's `skeleton`, where it is at hand.
+
+    Raises:
+        FedtriError: In one line, for any two settings that do not go together, and for a model without a configuration.
+    """
+    method, recipe = method_of(config), task_of(config)
+    names = sorted(clients)
+    ranks = client_ranks(config.rank, names, config.seed)
+    how, patience = optimization_of(config), config.early_stopping.patience
+    if patience is not None and config.split.validation == 0:
+        raise FedtriError("early_stopping.patience: needs validation examples; set split.validation above 0")
+    if method.plan(0).pooled:  # one pseudo-client does the work of all who take part
+        count = len(sample(names, config.fraction, 0, config.seed))
+        how = replace(how, steps=how.steps and how.steps * count)
+        ranks[POOLED] = max(ranks.values())
+    plain = skeleton(config.model, recipe, len(labels) or None) if plain is None else plain
+    layout = layout_of(plain, recipe, method, max(ranks.values()), config.targets, config.layers, kind=config.adapter)
+    if config.labels == "own":
+        _check_own_classes(recipe, method, layout)
+    task = recipe.learning(list(labels), None)
+    return Spec(
+        clients=tuple(names),
+        labels=tuple(labels),
+        layout=layout,
+        scales=Scales(config.lora_alpha, ranks),
+        kind=config.adapter,
+        model_options=config.model_options,
+        optimization=how,
+        schedule=Schedule(
+            config.rounds, config.fraction, config.seed, config.evaluate, patience,
+            quorum=_quorum(config), attempts=config.network.attempts if config.network.clients else 1,
+        ),
+        wire=config.wire,
+        sketch=SketchSize(task.classes, task.feature_size(plain) if method.welcome is not None else 0),
+        max_length=config.max_length,
+        shares=(config.split.train, config.split.validation, config.split.test),
+        seed=config.seed,
+        own_classes=config.labels == "own",
+        init_adapter=config.init_adapter,
+        fingerprint=fingerprint_of(config),
+        method=method,
+        recipe=recipe,
+    )  # fmt: skip
+
+
+def task_of(config: Config) -> Recipe:
+    """The task with its options. Raises FedtriError for one that has no use for a column that is given."""
+    return tasks.build(config.task, config.task_options, columns_of(config))
+
+
+def columns_of(config: Config) -> dict[str, str]:
+    """The columns that are given, by role."""
+    return {role: name for role, name in config.columns.model_dump().items() if name is not None}
+
+
+def method_of(config: Config) -> Method:
+    """The method with its options, head, kind of adapter and server optimiser. Raises FedtriError in one line."""
+    server, step = config.server, None
+    if server.optimizer != "none":
+        betas = (server.betas[0], server.betas[1])
+        step = server_optimizers.optimizer(server.optimizer, learning_rate=server.learning_rate, betas=betas)
+    method = methods.build(
+        config.method, config.method_options, head=config.head, adapter=config.adapter, optimizer=step
+    )
+    if not isinstance(config.rank, int) and not method.adapter.mixed_ranks:
+        raise FedtriError(
+            f"rank: {method.name} needs one rank for all clients, got {config.rank!r}; give one number, or choose of "
+            f"{', '.join(name for name in methods.METHODS if methods.build(name).adapter.mixed_ranks)}"
+        )
+    return method
+
+
+def optimization_of(config: Config) -> Optimization:
+    """How a client trains in one round."""
+    table = config.optimizer
+    return Optimization(
+        steps=config.steps, epochs=config.epochs, batch_size=config.batch_size, learning_rate=config.learning_rate,
+        schedule=table.schedule, warmup=table.warmup, weight_decay=table.weight_decay,
+        betas=(table.betas[0], table.betas[1]), clip=table.clip or None,
+    )  # fmt: skip
+
+
+def client_ranks(rank: int | list[int] | str, clients: Sequence[str], seed: int) -> dict[str, int]:
+    """Every client's rank: one for all, one for each in the order of their names, or "uniform:LOW,HIGH".
+
+    "uniform" draws an integer from LOW to HIGH, both included and equally likely, from the run's seed and the client's
+    name. Raises FedtriError where the list is not as long as there are clients, or LOW is above HIGH.
+    """
+    if isinstance(rank, int):
+        return dict.fromkeys(clients, rank)
+    if isinstance(rank, list):
+        if len(rank) != len(clients):
+            raise FedtriError(f"rank: expected {len(clients)} ranks, one a client, got {len(rank)}")
+        return dict(zip(clients, rank, strict=True))
+    low, high = (int(part) for part in rank.removeprefix("uniform:").split(","))
+    if low > high:
+        raise FedtriError(f"rank: expected uniform:LOW,HIGH with LOW up to HIGH, got {rank!r}")
+    return {client: low + derive(seed, "rank", client) % (high - low + 1) for client in clients}
+
+
+def skeleton(model: str, recipe: Recipe, labels: int | None = None) -> nn.Module:
+    """The task's model on the meta device: shapes without numbers.
+
+    Args:
+        model: A model folder, a config.json, or a name as in a configuration.
+        recipe: The task.
+        labels: How many classes its head has; None: as the model's configuration says.
+
+    Raises:
+        FedtriError: Where the model has no configuration.
+    """
+    path = Path(model).expanduser()
+    try:
+        shape = AutoConfig.from_pretrained(str(path) if path.is_file() else locate(model))
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise FedtriError(f"model: {model} has no configuration: {reason}; expected a folder or hub name") from None
+    if labels is not None:
+        shape.num_labels = labels
+    with torch.device("meta"):
+        return recipe.skeleton(shape)
+
+
+def layout_of(
+    model: nn.Module, recipe: Recipe, method: Method, rank: int, targets: str | Sequence[str], layers: str = "all",
+    *, kind: str = "lora",
+) -> Layout:  # fmt: skip
+    """Which tensors a client has of this model, and their shapes.
+
+    Args:
+        model: The plain model, or its skeleton.
+        recipe: The task, which says what the head is.
+        method: The method, which says what the adapter consists of.
+        rank: The largest rank of a client.
+        targets: The layers to adapt, as in a configuration.
+        layers: "all", or "last:K" for the targets in the last K layers of the backbone.
+        kind: lora, dora or hira.
+
+    Raises:
+        FedtriError: For targets that the model has not, or a rank that does not fit.
+    """
+    parts, head = method.adapter, recipe.head(model)
+    in_head = tuple(
+        (f"{name}.{part}", tuple(value.shape)) for name in head
+        for part, value in model.get_submodule(name).named_parameters(recurse=False)
+    )  # fmt: skip
+    if "P" in parts.extra:
+        shapes = [(name, tuple(value.shape)) for name, value in model.named_parameters()]
+        backbone = [item for item in shapes if not item[0].startswith(tuple(f"{name}." for name in head))]
+        return Layout((), in_head, tuple(backbone), parts.extra.replace("P", ""))
+    if rank % parts.heads:
+        raise FedtriError(f"rank: expected a multiple of method_options.heads ({parts.heads}), got {rank}")
+    adapted = []
+    for name in find_targets(model, targets, layers):
+        d_out, d_in = shape_of(model.get_submodule(name))
+        if rank > min(d_out, d_in):
+            raise FedtriError(
+                f"rank: {rank} is larger than layer {name} ({d_out} x {d_in}); use at most {min(d_out, d_in)}"
+            )
+        adapted.append(Layer(name, d_in, d_out))
+    magnitudes = "M" if kind == "dora" else ""
+    return Layout(tuple(adapted), in_head, extra=_in_order(parts.extra + magnitudes), heads=parts.heads)
+
+
+def fingerprint_of(config: Config) -> bytes:
+    """8 bytes that differ where any setting differs that both ends must share."""
+    table = config.model_dump(exclude=set(OWN | RESUMABLE))
+    table["network"] = {"labels": config.network.labels}
+    return hashlib.blake2b(json.dumps(table, sort_keys=True).encode(), digest_size=8).digest()
+
+
+def _in_order(extra: str) -> str:
+    """The extra factors in the order in which a layout names them."""
+    return "".join(factor for factor in "SMWab" if factor in extra)
+
+
+def _quorum(config: Config) -> int:
+    """The replies that a round needs: on a network, as many as `minimum` says of those who are asked."""
+    network = config.network
+    return max(1, min(network.minimum, round(config.fraction * len(network.clients)))) if network.clients else 1
+
+
+def _check_own_classes(recipe: Recipe, method: Method, layout: Layout) -> None:
+    """Raises FedtriError where clients' heads cannot differ, because they travel or there are none."""
+    if not recipe.classifies or not layout.head:
+        raise FedtriError(f'labels: "own" needs a head with a row for each class, which task {recipe.name} has not; '
+                          'set labels = "shared"')  # fmt: skip
+    if method.plan(0).pooled or any("H" in method.plan(round).up | method.plan(round).down for round in range(2)):
+        raise FedtriError(f'labels: "own" needs heads that stay at home, and {method.name} has one head for all; '
+                          'set head = "personal", or choose another method')  # fmt: skip

@@ -1,0 +1,78 @@
+"""summary.json: what a finished run's lines come to, what it cost, and who the clients are."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fedtri.config import Config
+from fedtri.metrics import ACCURACY, LOSS, STAGES, spread
+
+
+def summary(
+    config: Config,
+    lines: Sequence[Mapping[str, Any]],
+    *,
+    payload: int,
+    clients: Mapping[str, Mapping[str, object]],
+    labels: Sequence[str],
+    executor: str | None = None,
+) -> dict[str, Any]:
+    """The result of a run as a table of plain values.
+
+    Args:
+        config: The run's configuration.
+        lines: The lines of rounds.jsonl.
+        payload: The bytes of the numbers alone that one client sends in a round.
+        clients: What is known of each client's data.
+        labels: The names of the classes in the order of their ids.
+        executor: Which executor trained the clients, and why no faster one; None: not known here, as on a server.
+    """
+    return {
+        "method": config.method,
+        "model": config.model,
+        "task": config.task,
+        "data": config.data,
+        "partition": config.partition,
+        "executor": executor,
+        "rounds": len(lines),
+        "clients": len(clients),
+        "accuracy": spread(ACCURACY, latest(lines, "accuracy")),
+        "accuracy_local": spread(ACCURACY, latest(lines, "accuracy_local")),
+        "test_loss": spread(LOSS, latest(lines, "test_loss")),
+        "metrics": {name: values for line in lines for name, values in line.get("metrics", {}).items()},
+        "guess": _mean([float(str(about["guess"])) for about in clients.values() if about.get("guess") is not None]),
+        "bytes": _bytes(lines, payload),
+        "seconds": _seconds(lines),
+        "labels": list(labels),
+        "client_table": clients,
+    }
+
+
+def latest(lines: Sequence[Mapping[str, Any]], name: str) -> dict[str, float]:
+    """Each client's last known value of a metric."""
+    found: dict[str, float] = {}
+    for line in lines:
+        found |= (line.get(name) or {}).get("clients", {})
+    return found
+
+
+def _bytes(lines: Sequence[Mapping[str, Any]], payload: int) -> dict[str, int]:
+    # A client that was not drawn may still be scored, and is then sent all that it missed: no typical round.
+    ups = [n for line in lines for n in line["bytes"]["up"].values()]
+    downs = [n for line in lines for c, n in line["bytes"]["down"].items() if c in line["clients"]]
+    sketches = [n for line in lines for n in line["bytes"].get("sketch", {}).values()]
+    return {
+        "up_per_client_round": round(sum(ups) / max(len(ups), 1)),
+        "down_per_client_round": round(sum(downs) / max(len(downs), 1)),
+        "payload_up_per_client_round": payload,
+        "sketch_per_client": round(_mean(sketches) or 0),
+        "total": sum(ups) + sum(n for line in lines for n in line["bytes"]["down"].values()) + sum(sketches),
+    }
+
+
+def _seconds(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    by_stage = {stage: round(sum(line["seconds"].get(stage, 0.0) for line in lines), 3) for stage in STAGES}
+    return {"total": round(sum(sum(line["seconds"].values()) for line in lines), 3), **by_stage}
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None

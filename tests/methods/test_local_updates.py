@@ -1,0 +1,100 @@
+"""Ditto and pFedMe keep a personal copy of the adapter at home; RAVAN and FLoRA start anew where they must."""
+
+import pytest
+import torch
+
+from fedtri.adapters.layout import Key
+from fedtri.federation import client, server
+from fedtri.federation.client import memory_id
+from fedtri.messages import Request
+from fedtri.methods import build
+from fedtri.state import ServerState
+from tiny import clients_tensors, rounds
+
+
+def first_round(built):
+    tasks = server.requests(built.method, ServerState(), built.transport.clients(), 0, "train")
+    return {answer.reply.client: answer.reply for answer in built.transport.exchange(tasks)}
+
+
+def learned(built, factors):
+    return torch.cat([factors[key].flatten() for key in built.site.executor.layout.keys(built.method.plan(0).train)])
+
+
+@pytest.mark.parametrize("method", ["ditto", "pfedme"])
+def test_personal_and_shared_are_two_copies_and_two_metrics(lab, tmp_path, method):
+    built = lab.federation(tmp_path, method=method)
+    line = list(rounds(built))[-1].line
+    assert set(line["accuracy_personal"]["clients"]) == set(built.transport.clients())
+    assert line["accuracy"] is not None
+    for name, shared in clients_tensors(built).items():
+        copy = built.site.store.load(memory_id(name, "personal"))
+        assert copy is not None
+        assert not torch.equal(learned(built, copy), learned(built, shared))
+        assert {key.factor for key in copy} == set("ABCH"), "a copy of the adapter, never of the model"
+
+
+def test_what_ditto_sends_is_what_fedit_sends(lab, tmp_path):
+    ditto, fedit = (lab.federation(tmp_path / name, method=name) for name in ("ditto", "fedit"))
+    replies, others = first_round(ditto), first_round(fedit)
+    for name, reply in replies.items():
+        for key, value in reply.up.items():
+            assert torch.equal(value, others[name].up[key])
+
+
+def test_a_stronger_pull_keeps_the_personal_copy_nearer_to_what_was_received(lab, tmp_path):
+    distance = []
+    for lam in (0.0, 100.0):
+        built = lab.federation(tmp_path / str(lam), method="ditto", steps=20, method_options={"lam": lam})
+        first_round(built)
+        name = built.transport.clients()[0]
+        copy, start = built.site.store.load(memory_id(name, "personal")), built.site.initial(name)
+        distance.append(float((learned(built, copy) - learned(built, start)).norm()))
+    assert distance[1] < 0.5 * distance[0]
+
+
+def test_pfedme_sends_a_step_towards_the_personal_copy(lab, tmp_path):
+    built = lab.federation(tmp_path, method="pfedme", double=True, method_options={"pull": 0.25})
+    for name, reply in first_round(built).items():
+        personal, start = built.site.store.load(memory_id(name, "personal")), built.site.initial(name)
+        for key, value in reply.up.items():
+            expected = start[key].double() + 0.25 * (personal[key] - start[key].double())
+            torch.testing.assert_close(value, expected, atol=1e-12, rtol=0)
+
+
+def test_ravan_sends_its_scalars_inside_the_cores_and_starts_again_at_one(lab, tmp_path):
+    built = lab.federation(tmp_path, method="ravan", rank=4, double=True)
+    layer = built.site.executor.layout.layers[0].name
+    C, S = Key(layer, "C"), Key(layer, "S")
+    for name, reply in first_round(built).items():
+        kept = built.site.store.load(name)
+        assert S not in reply.up
+        assert reply.up[C].shape == (4, 2), "two blocks of 2 x 2, nothing off the diagonal"
+        torch.testing.assert_close(reply.up[C][:2], kept[S][0] * kept[C][:2])
+        torch.testing.assert_close(reply.up[C][2:], kept[S][1] * kept[C][2:])
+        assert not torch.equal(kept[S], torch.ones(2).double())
+        again = client.received(built.site, Request("train", 1, name, {C: reply.up[C]}))
+        assert torch.equal(again[S], torch.ones(2).double())
+
+
+def test_flora_starts_afresh_with_every_new_total(lab, tmp_path):
+    built = lab.federation(tmp_path, method="flora")
+    layer = built.site.executor.layout.layers[0].name
+    seen = []
+    for _ in rounds(built):
+        for factors in clients_tensors(built).values():
+            assert not factors[Key(layer, "B")].any()
+            assert Key(layer, "W") in factors
+        seen.append(factors[Key(layer, "A")])
+    assert not torch.equal(seen[0], seen[1]), "with the same A every round, W would live in its row space"
+    assert built.site.executor.cohort.layer(layer).dense[0] is built.site.executor.cohort.layer(layer).dense[1], (
+        "one copy of an equal W"
+    )
+
+
+def test_rolora_sends_down_only_what_changed(lab, tmp_path):
+    assert build("rolora").plan(0).up == frozenset("BH")
+    built = lab.federation(tmp_path, method="rolora")
+    for progress, changed in zip(rounds(built), ("BH", "AH"), strict=True):
+        down = {key.factor for key, round in progress.state.deliveries.shared.items() if round == progress.state.round}
+        assert down == set(changed)
