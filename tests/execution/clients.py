@@ -125,9 +125,9 @@ def run(
     by: Executor, clients: list[ClientModel], how: Optimization = HOW, learns: frozenset[str] = EVERYTHING, **more: Any
 ) -> Found:
     """Train, score and take features of these clients, each with rows of its own."""
-    work = [Training(one, rows, 7 + n, **more) for n, (one, rows) in enumerate(zip(clients, ROWS))]
+    work = [Training(one, rows, 7 + n, **more) for n, (one, rows) in enumerate(zip(clients, ROWS, strict=False))]
     trained = by.train(work, learns, how)
-    scored = by.evaluate([Scoring(one, rows[::-1].copy()) for one, rows in zip(clients, ROWS)])
+    scored = by.evaluate([Scoring(one, rows[::-1].copy()) for one, rows in zip(clients, ROWS, strict=False)])
     return Found(
         {number: dict(one.factors) for number, one in enumerate(trained)},
         torch.tensor([one.loss for one in trained], dtype=torch.float64),

@@ -8,8 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from execution.clients import DECODERS, ENCODERS, EVERYTHING, HOW, adapted, client, examples, executor, run
 
-from clients import DECODERS, ENCODERS, EVERYTHING, HOW, adapted, client, examples, executor, run
 from fedtri.execution.fast import attention, packing
 from fedtri.execution.fast.kept import Keeping
 from fedtri.execution.fast.table import ARCHITECTURES
@@ -34,7 +34,7 @@ def agree(on, task="classify", *, clients=None, held=None, how=HOW, learns=EVERY
 
 @pytest.mark.parametrize("kind", sorted(ARCHITECTURES))
 def test_classifying_on_every_architecture(kind):
-    """Seen to fail with keys that are not turned, with the first token read in place of the last, and without a mask."""
+    """Seen to fail with keys that are not turned, with the first token read in place of the last, without a mask."""
     agree(adapted(kind))
 
 
@@ -70,8 +70,8 @@ KINDS = {
 @pytest.mark.parametrize("how", KINDS)
 @pytest.mark.parametrize("kind", ["bert", "mpnet", "llama", "gpt2"])
 def test_every_kind_of_adapter(kind, how):
-    """On linear layers with and without bias, and on GPT-2's transposed ones. Seen to fail without DoRA's norm, with the
-    second adapter's factors swapped, and with one client's W for all."""
+    """On linear layers with and without bias, and on GPT-2's transposed ones. Seen to fail without DoRA's norm,
+    with the second adapter's factors swapped, and with one client's W for all."""
     on = adapted(kind, **KINDS[how])
     ranks = (4, 2, 2) if how == "heads" else RANKS
     agree(on, clients=[client(on, number, rank) for number, rank in enumerate(ranks)])
@@ -199,7 +199,7 @@ def test_what_a_configuration_may_change(kind, options, task):
 @pytest.mark.parametrize("way", ["fused kernel", "filled up", "one text a row"])
 @pytest.mark.parametrize(("kind", "task"), [("bert", "classify"), ("mpnet", "tag"), ("qwen2", "continue")])
 def test_ways_to_lay_texts_out_change_nothing(kind, task, way, monkeypatch):
-    """Rows too wide to write attention out; tokens filled up to a multiple that nobody reads; rows without room for two.
+    """Rows too wide to write attention out; tokens filled up to a multiple that nobody reads; rows of one text.
     Seen to fail with filling tokens that are read, and without the scale in one gradient."""
     on = adapted(kind, task)
     if way == "fused kernel":
