@@ -175,12 +175,12 @@ def test_perplexity_is_the_exponential_of_the_loss(lab, tmp_path):
 
 def test_a_sketch_has_a_mixture_for_each_domain_or_one_for_all(lab, tmp_path):
     domains = lab.federation(tmp_path / "a", of="language", method="ce_lora")
-    assert domains.site.task.classes == 3
+    assert domains.spec.sketch.classes == 3
     assert domains.describe_clients()["client-00"]["guess"] is None
     state = list(rounds(domains, rounds=1))[-1].state
     assert any(len(sketch.mixtures) > 1 for sketch in state.sketches.values())
     one = lab.federation(tmp_path / "b", of="language", method="ce_lora", columns={}, partition="iid")
-    assert one.site.task.classes == 1
+    assert one.spec.sketch.classes == 1
     state = list(rounds(one, rounds=1))[-1].state
     assert all(set(sketch.mixtures) == {0} for sketch in state.sketches.values())
 
@@ -300,8 +300,9 @@ def test_gradient_checkpointing_changes_memory_alone(lab, tmp_path):
 
 
 def test_models_that_cannot_be_run_again_say_so():
-    from fedtri.execution.recompute import Recomputation
     from fedtri.execution.routing import Routing
+
+    from fedtri.execution.recompute import Recomputation
 
     with pytest.raises(FedtriError, match="Linear has no layers that can be run again; leave it out"):
         Recomputation(torch.nn.Linear(2, 2), Routing())

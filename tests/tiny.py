@@ -80,7 +80,7 @@ def classifier(kind: str, *, labels: int = 3, seed: int = 0, **more: Any) -> tor
     """A sequence classifier of this architecture: two layers, 16 wide, random weights large enough to matter."""
     special = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
     shape = AutoConfig.for_model(
-        kind, vocab_size=len(VOCABULARY), num_labels=labels, initializer_range=0.3, **special, **SIZES[kind], **more
+        kind, vocab_size=len(VOCABULARY), num_labels=labels, initializer_range=0.3, **special, **(SIZES[kind] | more)
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)

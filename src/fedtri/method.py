@@ -1,8 +1,8 @@
 """Defines a method: what travels in each round, how a client trains, and how the server combines the replies."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from fedtri.adapters.layout import Factors
 from fedtri.messages import Reply
@@ -192,3 +192,7 @@ class Method:
     """If given, clients send a sketch when they first take part; then this is called with the new state."""
     averages: bool = False
     """Whether the server shares a plain weighted mean. Only then may a server optimiser follow it."""
+
+    def described(self) -> dict[str, Any]:
+        """Its name and paper as plain values, for a run directory."""
+        return {"name": self.name, "paper": asdict(self.paper)}

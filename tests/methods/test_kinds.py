@@ -89,10 +89,10 @@ def test_exported_it_loads_in_peft_with_the_same_logits(lab, tmp_path, kind, mod
         base_model=str(lab.model(model)),
         task_type="SEQ_CLS",
     )
-    plain = load(str(lab.model(model)), built.label_names, Weights()).model
+    plain = load(str(lab.model(model)), built.spec.labels, Weights()).model
     loaded = PeftModel.from_pretrained(plain, str(tmp_path / "out")).eval()
     torch.testing.assert_close(_logits(built, loaded), mine, atol=1e-5, rtol=0)
-    merged = load(str(lab.model(model)), built.label_names, Weights()).model
+    merged = load(str(lab.model(model)), built.spec.labels, Weights()).model
     peft.merge(merged, factors, site.executor.cohort.layout, 2.0, kind)
     torch.testing.assert_close(_logits(built, merged.eval()), mine, atol=1e-5, rtol=0)
 
@@ -105,7 +105,7 @@ def test_merging_is_what_the_client_computes(lab, tmp_path, method):
     factors = site.store.load(name)
     site.executor.cohort.write(0, factors, 4, 6.0)
     mine = _logits(built)
-    merged = load(str(lab.model()), built.label_names, Weights()).model
+    merged = load(str(lab.model()), built.spec.labels, Weights()).model
     peft.merge(merged, factors, site.executor.cohort.layout, 1.5)
     torch.testing.assert_close(_logits(built, merged.eval()), mine, atol=1e-5, rtol=0)
     if method != "ravan":

@@ -5,10 +5,10 @@ import torch
 
 from fedtri.adapters.layout import Key
 from fedtri.federation import client, server
-from fedtri.federation.client import memory_id
 from fedtri.messages import Request
 from fedtri.methods import build
 from fedtri.state import ServerState
+from fedtri.storage.client_store import beside
 from tiny import clients_tensors, rounds
 
 
@@ -28,7 +28,7 @@ def test_personal_and_shared_are_two_copies_and_two_metrics(lab, tmp_path, metho
     assert set(line["accuracy_personal"]["clients"]) == set(built.transport.clients())
     assert line["accuracy"] is not None
     for name, shared in clients_tensors(built).items():
-        copy = built.site.store.load(memory_id(name, "personal"))
+        copy = built.site.store.load(beside(name, "personal"))
         assert copy is not None
         assert not torch.equal(learned(built, copy), learned(built, shared))
         assert {key.factor for key in copy} == set("ABCH"), "a copy of the adapter, never of the model"
@@ -48,7 +48,7 @@ def test_a_stronger_pull_keeps_the_personal_copy_nearer_to_what_was_received(lab
         built = lab.federation(tmp_path / str(lam), method="ditto", steps=20, method_options={"lam": lam})
         first_round(built)
         name = built.transport.clients()[0]
-        copy, start = built.site.store.load(memory_id(name, "personal")), built.site.initial(name)
+        copy, start = built.site.store.load(beside(name, "personal")), built.site.initial(name)
         distance.append(float((learned(built, copy) - learned(built, start)).norm()))
     assert distance[1] < 0.5 * distance[0]
 
@@ -56,7 +56,7 @@ def test_a_stronger_pull_keeps_the_personal_copy_nearer_to_what_was_received(lab
 def test_pfedme_sends_a_step_towards_the_personal_copy(lab, tmp_path):
     built = lab.federation(tmp_path, method="pfedme", double=True, method_options={"pull": 0.25})
     for name, reply in first_round(built).items():
-        personal, start = built.site.store.load(memory_id(name, "personal")), built.site.initial(name)
+        personal, start = built.site.store.load(beside(name, "personal")), built.site.initial(name)
         for key, value in reply.up.items():
             expected = start[key].double() + 0.25 * (personal[key] - start[key].double())
             torch.testing.assert_close(value, expected, atol=1e-12, rtol=0)

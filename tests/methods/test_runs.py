@@ -11,7 +11,7 @@ from fedtri.federation import server
 from fedtri.messages import POOLED
 from fedtri.methods import METHODS, build, networked
 from fedtri.runs import lifecycle
-from fedtri.runs.simulation import client_ranks
+from fedtri.runs.spec import client_ranks
 from tiny import NEEDS, clients_tensors, rounds
 
 MIXED = [name for name in METHODS if build(name).adapter.mixed_ranks]

@@ -7,6 +7,9 @@ from typing import Any
 import numpy as np
 import tomli_w
 
+from fedtri.methods import METHODS
+from fedtri.storage import run_directory
+
 LABELS = ["numpy", "python", "scikit-learn", "scipy", "torch", "transformers"]
 COST = {"local": 0, "fedit": 73_728, "flora_na": 73_728, "ce_lora": 768, "ffa_lora": 36_864}
 SKILL = {"local": 0.70, "fedit": 0.78, "flora_na": 0.80, "ce_lora": 0.79, "ffa_lora": 0.75}
@@ -32,7 +35,9 @@ def write(
         "head": "personal", "seed": seed, "evaluate": True, "out": str(folder), "wire": {"dtype": "float32"},
     } | config  # fmt: skip
     (folder / "config.toml").write_text(tomli_w.dumps(settings))
-    (folder / "environment.json").write_text(json.dumps({"device": "cpu", "processor": "Test", "seed": seed}))
+    (folder / "method.json").write_text(json.dumps(METHODS[method]().described()))
+    machine = {"layout": run_directory.LAYOUT, "device": "cpu", "processor": "Test", "seed": seed}
+    (folder / "environment.json").write_text(json.dumps(machine))
     level = np.clip(SKILL[method] + rng.normal(0, 0.1, clients), 0.05, 0.98)
     lines = [_line(rng, method, names, level, r, rounds) for r in range(1, rounds + 1)]
     (folder / "rounds.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

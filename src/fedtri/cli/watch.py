@@ -14,7 +14,7 @@ from rich.text import Text
 
 from fedtri.metrics import STAGES
 from fedtri.report import reading
-from fedtri.report.names import NARROWEST_SPAN, amount, duration, paper_name, share
+from fedtri.report.names import NARROWEST_SPAN, amount, duration, share
 from fedtri.report.reading import Run
 from fedtri.storage import run_directory
 
@@ -59,7 +59,7 @@ def view(run: Run, busy: bool) -> Group:
         state = f"running, about {duration(per_round * (planned - done))} left" if done else "running its first round"
     else:
         state = f"stopped; `fedtri resume {run.folder}` goes on"
-    heading = f"{paper_name(run.method)} on {run.config.get('data', '?')}: round {done} of {planned}, {state}"
+    heading = f"{run.paper} on {run.config.get('data', '?')}: round {done} of {planned}, {state}"
     parts: list[Text | Table | ProgressBar] = [Text(heading, style="bold")]
     if planned:
         parts.append(ProgressBar(total=planned, completed=done, width=60))

@@ -94,12 +94,12 @@ def opened(config: Config, spec: Spec) -> Iterator[Opened]:
     assert config.out is not None
     folder = Path(config.out).expanduser()
     if not (folder / "config.toml").exists():
-        with run_directory.created(config.out, config.method) as folder:
+        with run_directory.created(config.out, spec.method.name) as folder:
             number = os.urandom(8)
             atomic.write_json(folder / "network.json", {"run": number.hex()})
             run_directory.begin(
-                folder, configuration.dumps(config), clients=spec.clients, labels=spec.labels, device="none",
-                seed=config.seed, threads=torch.get_num_threads(),
+                folder, configuration.dumps(config), method=spec.method.described(), clients=spec.clients,
+                labels=spec.labels, device="none", seed=config.seed, threads=torch.get_num_threads(),
             )  # fmt: skip
             yield Opened(folder, number, None, [])
         return
@@ -135,7 +135,10 @@ def _finish(config: Config, spec: Spec, run: Opened, examples: Mapping[str, int]
     from fedtri.report import page, reading
 
     clients = {name: {"train": examples.get(name)} for name in spec.clients}
-    said = summary(config, run.lines, payload=spec.payload_bytes(spec.clients[0]), clients=clients, labels=spec.labels)
+    said = summary(
+        config, run.lines, method=spec.method.described(), payload=spec.payload_bytes(spec.clients[0]),
+        clients=clients, labels=spec.labels,
+    )  # fmt: skip
     atomic.write_json(run.folder / "summary.json", said)
     page.write([reading.load(run.folder)], run.folder / "report.html")
     LOG.info("fedtri: finished; everything is in %s", run.folder)

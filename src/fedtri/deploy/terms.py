@@ -6,7 +6,7 @@ from pathlib import Path
 from fedtri import config as configuration
 from fedtri.config import Config
 from fedtri.errors import FedtriError
-from fedtri.methods import networked
+from fedtri.methods import networked, refuse_file
 from fedtri.runs.spec import Spec, spec_of, task_of
 
 
@@ -17,6 +17,7 @@ def common(path: Path, run_config: Mapping[str, object]) -> Config:
     """
     given = {key: value for key, value in run_config.items() if value not in ("", 0)}
     config = configuration.load(path, (), **given)  # pyright: ignore[reportArgumentType]
+    refuse_file(config.method)
     if config.labels == "own":
         raise FedtriError(f'{path}: labels: "own" exists in one process only; leave it out')
     for key, least in (("clients", 2), ("labels", 2 if task_of(config).classifies else 0)):

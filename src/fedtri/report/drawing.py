@@ -9,7 +9,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from fedtri.report.colours import BLUE, GREEN, LIGHT, OCHRE, ORANGE, faint
-from fedtri.report.names import NARROWEST_SPAN, paper_name, share
+from fedtri.report.names import NARROWEST_SPAN, share
 from fedtri.report.reading import Run
 
 MOST_POINTS = 200
@@ -123,7 +123,7 @@ def trend(run: Run, column: str, name: str) -> str:
         text += (
             f", the worst client at {share(last[f'{column}_worst'])} and the best at {share(last[f'{column}_best'])}"
         )
-    return f"{paper_name(run.method)}: {text}."
+    return f"{run.paper}: {text}."
 
 
 def stroke(colour: str, dash: str = "solid", width: float = 2.0) -> dict[str, Any]:

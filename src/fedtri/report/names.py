@@ -1,35 +1,9 @@
-"""The names the papers give their methods, and numbers as people read them."""
+"""Numbers as people read them."""
 
 import math
 
 NARROWEST_SPAN = 0.1
 """The least that an axis of accuracies shows: 10 points, so that differences within one seed's noise look small."""
-PAPER = {
-    "local": "Local only",
-    "centralized": "Centralized",
-    "full": "Full fine-tuning",
-    "fedit": "FedIT",
-    "fedprox": "FedProx",
-    "ffa_lora": "FFA-LoRA",
-    "fedsa_lora": "FedSA-LoRA",
-    "rolora": "RoLoRA",
-    "flexlora": "FlexLoRA",
-    "hetlora": "HetLoRA",
-    "flora": "FLoRA",
-    "fedex_lora": "FedEx-LoRA",
-    "lora_fair": "LoRA-FAIR",
-    "fed_sb": "Fed-SB",
-    "ravan": "RAVAN",
-    "flora_na": "FLoRA-NA",
-    "ce_lora": "CE-LoRA",
-    "ditto": "Ditto",
-    "pfedme": "pFedMe",
-}
-
-
-def paper_name(method: str) -> str:
-    """A method as its paper writes it."""
-    return PAPER.get(method, method)
 
 
 def amount(count: float) -> str:

@@ -17,7 +17,7 @@ from fedtri import atomic
 from fedtri.errors import FedtriError
 from fedtri.report import figures, network, overview, tables
 from fedtri.report.colours import DARK, LIGHT, PAGE_DARK, PAGE_LIGHT
-from fedtri.report.names import amount, duration, paper_name, points, share
+from fedtri.report.names import amount, duration, points, share
 from fedtri.report.reading import Run, number
 
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
@@ -37,7 +37,7 @@ def write(runs: Sequence[Run], path: Path, baseline: str | None = None) -> Path:
 
 def of_run(run: Run) -> str:
     """The page of one run."""
-    title = f"{paper_name(run.method)} on {run.config.get('data', 'unknown data')}"
+    title = f"{run.paper} on {run.config.get('data', 'unknown data')}"
     body = [
         f"<h1>{escape(title)}</h1>",
         f"<p class='lead'>{escape(result(run))}</p>",
@@ -85,7 +85,7 @@ def result(run: Run) -> str:
         worst, best = min(scores, key=scores.__getitem__), max(scores, key=scores.__getitem__)
         mean = sum(scores.values()) / len(scores)
         first = (
-            f"After {many} of {paper_name(run.method)}, the mean test accuracy over {len(scores)} clients is "
+            f"After {many} of {run.paper}, the mean test accuracy over {len(scores)} clients is "
             f"{share(mean)} (worst {worst} {share(scores[worst])}, best {best} {share(scores[best])})"
         )
         guess = number(run.summary.get("guess"))
@@ -93,7 +93,7 @@ def result(run: Run) -> str:
             first += f", {points(mean - guess)} points against guessing each client's largest class"
     else:
         last = run.rounds["loss"].dropna()
-        first = f"{many} of {paper_name(run.method)} ran without accuracy being measured"
+        first = f"{many} of {run.paper} ran without accuracy being measured"
         first += f"; the last training loss is {share(last.iloc[-1])}" if len(last) else ""
     return (
         f"{first}. A client sent {amount(run.per_round('up'))} and received {amount(run.per_round('down'))} a round, "
@@ -252,7 +252,7 @@ def _drawing(name: str, figure: go.Figure) -> str:
 def _folders(runs: Sequence[Run]) -> pd.DataFrame:
     return pd.DataFrame({
         "folder": [str(run.folder) for run in runs],
-        "method": [paper_name(run.method) for run in runs],
+        "method": [run.paper for run in runs],
         "seed": [str(run.seed) for run in runs],
         "rounds": [str(len(run.lines)) for run in runs],
         "state": ["finished" if run.finished else "not finished" for run in runs],

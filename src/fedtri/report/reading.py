@@ -4,7 +4,7 @@ import json
 import math
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -37,13 +37,20 @@ class Run:
     """Empty where the run is not finished."""
     lines: Sequence[Table]
     environment: Table
+    about: Table = field(default_factory=dict)
+    """The method's name and paper."""
     troubles: tuple[str, ...] = ()
     """What could not be read, a sentence each."""
 
     @property
     def method(self) -> str:
-        """The method's name in METHODS."""
-        return str(self.config.get("method") or self.summary.get("method") or "unknown method")
+        """What the method calls itself."""
+        return str(self.about.get("name") or self.summary.get("method") or self.config.get("method", "unknown method"))
+
+    @property
+    def paper(self) -> str:
+        """What the method's paper calls it; else its own name."""
+        return str(_table(self.about.get("paper")).get("name") or self.method)
 
     @property
     def seed(self) -> int:
@@ -206,9 +213,9 @@ def load(folder: str | Path) -> Run:
     troubles: list[str] = []
     config = _toml(folder / "config.toml", troubles)
     summary = _json(folder / "summary.json", troubles)
-    environment = _json(folder / "environment.json", troubles)
+    environment, about = (_json(folder / name, troubles) for name in ("environment.json", "method.json"))
     lines = _lines(folder / "rounds.jsonl", troubles)
-    return Run(folder, config, summary, lines, environment, tuple(troubles))
+    return Run(folder, config, summary, lines, environment, about, tuple(troubles))
 
 
 def find(folders: Iterable[Path]) -> list[Path]:

@@ -13,7 +13,7 @@ import pandas as pd
 from scipy import stats
 
 from fedtri.errors import FedtriError
-from fedtri.report.names import amount, duration, paper_name, points, share
+from fedtri.report.names import amount, duration, points, share
 from fedtri.report.reading import Run
 
 COLUMNS = (
@@ -36,7 +36,12 @@ class Group:
     def label(self) -> str:
         """The method's name in its paper, and the grid point."""
         at = ", ".join(f"{key} {value}" for key, value in self.point.items() if value is not None)
-        return paper_name(self.method) + (f" ({at})" if at else "")
+        return self.paper + (f" ({at})" if at else "")
+
+    @property
+    def paper(self) -> str:
+        """The method's name in its paper."""
+        return next(iter(self.runs.values())).paper
 
     def over_seeds(self, measure: str) -> dict[int, float]:
         """A measure of each seed's run: "mean", "worst" or "best" accuracy over clients, "bytes_up", "seconds", …"""
@@ -150,7 +155,7 @@ def frame(groups: Sequence[Group], keys: Sequence[str] = ()) -> pd.DataFrame:
 def readable(groups: Sequence[Group], baseline: str | None = None) -> pd.DataFrame:
     """The table people read, text in every cell; see `caption` for what it says."""
     against = baselines(groups, baseline)
-    heading = f"less {paper_name(baseline or groups[0].method)}"
+    heading = f"less {_paper(groups, baseline)}"
     rows = []
     for group, other in zip(groups, against, strict=True):
         spread = group.std("mean")
@@ -171,7 +176,7 @@ def readable(groups: Sequence[Group], baseline: str | None = None) -> pd.DataFra
 
 def caption(groups: Sequence[Group], baseline: str | None = None) -> str:
     """What the readable table's numbers are, and how far they carry."""
-    other = paper_name(baseline or groups[0].method)
+    other = _paper(groups, baseline)
     text = (
         "Accuracy on each client's own test examples: mean over clients (± standard deviation over seeds), worst and "
         f"best client. Less {other}: the difference in percentage points, paired by seed, with its 95 % interval "
@@ -180,6 +185,11 @@ def caption(groups: Sequence[Group], baseline: str | None = None) -> str:
     if all(len(group.runs) == 1 for group in groups):
         return f"{text} One seed: there is no interval, and small differences say nothing; add --seeds 0,1,2."
     return f"{text} An interval that holds 0 shows no difference."
+
+
+def _paper(groups: Sequence[Group], method: str | None) -> str:
+    """What the baseline's paper calls it."""
+    return next((group.paper for group in groups if group.method == method), groups[0].paper)
 
 
 def markdown(table: pd.DataFrame) -> str:

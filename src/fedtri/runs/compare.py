@@ -76,15 +76,16 @@ def plan(
         raise FedtriError("--methods: expected at least one method, separated by commas")
     if baseline is not None and baseline not in names:
         raise FedtriError(f"--baseline: expected one of the compared methods ({', '.join(names)}), got {baseline!r}")
+    clean = _clean_names(names)
     grid = dict(grid or {})
     members: dict[str, Member] = {}
     for values in itertools.product(*grid.values()):
         for name, seed in itertools.product(names, seeds or [None]):
             point = dict(zip(grid, values, strict=True))
-            member = _member(config, name, seed, point, settings)
+            member = _member(config, name, clean[name], seed, point, settings)
             members.setdefault(member.name, member)
     folder = out or Path("runs") / f"compare-{config.stem if config else 'demo'}"
-    return Plan(folder, tuple(members.values()), tuple(grid), baseline or names[0])
+    return Plan(folder, tuple(members.values()), tuple(grid), clean[baseline or names[0]])
 
 
 def parse_grid(text: str) -> tuple[str, list[Any]]:
@@ -134,14 +135,12 @@ def write(comparison: Plan) -> None:
 
 
 def _member(
-    config: Path | None, name: str, seed: int | None, point: Mapping[str, Any], settings: Sequence[str]
+    config: Path | None, method: str, name: str, seed: int | None, point: Mapping[str, Any], settings: Sequence[str]
 ) -> Member:
-    if name not in methods.METHODS:
-        raise FedtriError(f"--methods: unknown method {name!r}; expected some of {', '.join(methods.METHODS)}")
-    known = {f"method_options.{option}" for option in inspect.signature(methods.METHODS[name]).parameters}
+    known = {f"method_options.{option}" for option in inspect.signature(methods.find(method)).parameters}
     mine = {key: value for key, value in point.items() if not key.startswith("method_options.") or key in known}
     more = [f"{key}={_toml(value)}" for key, value in mine.items()]
-    loaded = configuration.load(config, [*settings, *more, f"method={_toml(name)}"])
+    loaded = configuration.load(config, [*settings, *more, f"method={_toml(methods.absolute(method))}"])
     options = {key: value for key, value in loaded.method_options.items() if f"method_options.{key}" in known}
     loaded = loaded.model_copy(
         update={
@@ -151,9 +150,20 @@ def _member(
             "head": "personal" if loaded.head == "default" else loaded.head,
         }
     )
-    methods.build(name, options, head=loaded.head)
+    methods.build(method, options, head=loaded.head)
     at = "".join(f"-{key.rpartition('.')[2]}={_plain(value)}" for key, value in mine.items())
     return Member(f"{name}{at}-seed{loaded.seed}", loaded)
+
+
+def _clean_names(given: Sequence[str]) -> dict[str, str]:
+    """What each method that was asked for calls itself. Raises FedtriError where two call themselves the same."""
+    found: dict[str, str] = {}
+    for name in given:
+        clean = methods.build(name).name
+        if (other := next((one for one, known in found.items() if known == clean and one != name), None)) is not None:
+            raise FedtriError(f"--methods: {other} and {name} both call themselves {clean!r}; rename one of them")
+        found[name] = clean
+    return found
 
 
 def _claim(folder: Path) -> Path:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fedtri import atomic
+from fedtri import atomic, methods
 from fedtri import config as configuration
 from fedtri.communication.in_process import LocalTransport
 from fedtri.config import Config
@@ -23,6 +23,7 @@ from fedtri.metrics import Phase
 from fedtri.models.loading import locate
 from fedtri.models.peft import unexportable, write_peft
 from fedtri.runs.simulation import Federation, build
+from fedtri.runs.spec import method_of
 from fedtri.runs.summary import summary
 from fedtri.state import ServerState
 from fedtri.storage import checkpoint, run_directory
@@ -56,14 +57,15 @@ def run(config: Config, listener: Listener = Listener()) -> Iterator[Progress]:
 
     Raises FedtriError in one line, before the first round, for whatever cannot be used.
     """
-    with run_directory.created(config.out, config.method) as folder:
-        config = config.model_copy(update={"out": str(folder)})
+    with run_directory.created(config.out, method_of(config).name) as folder:
+        config = config.model_copy(update={"out": str(folder), "method": methods.absolute(config.method)})
         federation = build(config, ClientStore(folder / "clients"), listener.on_step)
         for client in federation.site.classes:
             run_directory.write_own_labels(folder, client, federation.own_labels(client) or [])
         device = str(federation.opened.adapted.device)
         run_directory.begin(
-            folder, configuration.dumps(config), clients=federation.spec.clients, labels=federation.spec.labels,
+            folder, configuration.dumps(config), method=federation.method.described(),
+            clients=federation.spec.clients, labels=federation.spec.labels,
             device=device, seed=config.seed, threads=torch.get_num_threads(),
         )  # fmt: skip
         yield from _rounds(folder, federation, None, [], listener)
@@ -181,6 +183,6 @@ def summarise(federation: Federation, lines: Sequence[Mapping[str, Any]]) -> dic
     """summary.json of a run in this process."""
     spec = federation.spec
     return summary(
-        federation.config, lines, payload=spec.payload_bytes(spec.clients[0]), clients=federation.describe_clients(),
-        labels=spec.labels, executor=federation.site.executor.describe(),
+        federation.config, lines, method=spec.method.described(), payload=spec.payload_bytes(spec.clients[0]),
+        clients=federation.describe_clients(), labels=spec.labels, executor=federation.site.executor.describe(),
     )  # fmt: skip

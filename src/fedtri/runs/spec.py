@@ -130,7 +130,7 @@ def spec_of(config: Config, clients: Sequence[str], labels: Sequence[str], plain
     layout = layout_of(plain, recipe, method, max(ranks.values()), config.targets, config.layers, kind=config.adapter)
     if config.labels == "own":
         _check_own_classes(recipe, method, layout)
-    task = recipe.learning(list(labels), None)
+    width = recipe.feature_size(plain) if method.welcome is not None else 0
     return Spec(
         clients=tuple(names),
         labels=tuple(labels),
@@ -144,7 +144,7 @@ def spec_of(config: Config, clients: Sequence[str], labels: Sequence[str], plain
             quorum=_quorum(config), attempts=config.network.attempts if config.network.clients else 1,
         ),
         wire=config.wire,
-        sketch=SketchSize(task.classes, task.feature_size(plain) if method.welcome is not None else 0),
+        sketch=SketchSize(recipe.sketch_classes(labels), width),
         max_length=config.max_length,
         shares=(config.split.train, config.split.validation, config.split.test),
         seed=config.seed,

@@ -127,7 +127,8 @@ def require(path: Path) -> Path:
     if not _is_run(path):
         found = "which is not there" if path.is_dir() else "and there is no such folder"
         raise FedtriError(f"{path}: is not a run directory: expected a config.toml in it, {found}; check the path")
-    if (layout := read_environment(path).get("layout", 1)) != LAYOUT:
+    environment = read_environment(path)  # where it is lost, the layout is not known, and what can be read is read
+    if environment and (layout := environment.get("layout", 1)) != LAYOUT:
         raise FedtriError(
             f"{path}: the run directory has layout {layout}, expected {LAYOUT}: another version of fedtri wrote it; "
             "read it with that version, or start the run anew"
@@ -136,10 +137,30 @@ def require(path: Path) -> Path:
 
 
 def begin(
-    path: Path, config: str, *, clients: Sequence[str], labels: Sequence[str], device: str, seed: int, threads: int
+    path: Path,
+    config: str,
+    *,
+    method: Mapping[str, Any],
+    clients: Sequence[str],
+    labels: Sequence[str],
+    device: str,
+    seed: int,
+    threads: int,
 ) -> None:
-    """Write what a new run directory holds before its first round; `config` is TOML."""
+    """Write what a new run directory holds before its first round.
+
+    Args:
+        path: The folder.
+        config: The configuration, as TOML.
+        method: The method's name and paper, as `Method.described` gives them.
+        clients: The clients' names.
+        labels: The names of the classes in the order of their ids.
+        device: What the run computes on.
+        seed: The run's seed.
+        threads: How many threads a tensor operation has.
+    """
     atomic.write_json(path / "environment.json", environment(device, seed, threads))
+    atomic.write_json(path / "method.json", method)
     atomic.write_json(path / "clients.json", list(clients))
     atomic.write_json(path / "labels.json", list(labels))
     atomic.write_text(path / "config.toml", config)
