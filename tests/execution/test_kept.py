@@ -1,4 +1,4 @@
-"""Passes that begin with kept states give what whole passes give, and a run with them what a run without them gives."""
+"""Kept states: what a run without them finds, a run with them finds, and a resumed one keeps the same."""
 
 from types import SimpleNamespace
 
@@ -6,101 +6,72 @@ import numpy as np
 import pytest
 import torch
 
-from fedtri.adapters.bank import Cohort
+from execution.clients import adapted, examples, executor
 from fedtri.errors import FedtriError
-from fedtri.execution import prefix
-from fedtri.execution.routing import Routing
+from fedtri.execution.fast.executor import first_adapted
+from fedtri.execution.fast.kept import Keeping, KeptStates
 from fedtri.models import loading
-from test_packing import SLOTS, batch, cohort_of
-from tiny import SIZES, assert_same, classifier, clients_tensors, rounds
+from tiny import assert_same, classifier, clients_tensors, rounds
 
 UPPER = {"layers": "last:1", "targets": "query,intermediate.dense"}
+LENGTHS = np.array([2, 1, 3, 1])
 
 
-class Texts:
-    """Six texts as a task's examples."""
-
-    def __init__(self, even: bool = False) -> None:
-        self.inputs = {"input_ids": batch()["input_ids"][:, :3]} if even else batch()
-        self.lengths = np.full(6, 3) if even else batch()["attention_mask"].sum(1).numpy()
-        self.asked: list[list[int]] = []
-
-    def batch(self, rows):
-        self.asked.append(rows.tolist())
-        cut = int(self.lengths[rows].max())
-        return {name: value[rows, :cut] for name, value in self.inputs.items()}
+def states_of(rows: np.ndarray) -> torch.Tensor:
+    """Token t of example i has state 10 i + t."""
+    return torch.cat([10.0 * row + torch.arange(float(LENGTHS[row]))[:, None] for row in rows])
 
 
-def upper(kind: str) -> Cohort:
-    """Adapters on the second of two layers."""
-    return cohort_of(kind, "auto", "last:1")
+def kept(groups, **more) -> tuple[KeptStates, list[list[int]]]:
+    asked: list[list[int]] = []
+
+    def compute(rows: np.ndarray) -> torch.Tensor:
+        asked.append(rows.tolist())
+        return states_of(rows)
+
+    keeping = Keeping(groups, **({"budget": 1 << 20} | more))
+    return KeptStates(keeping, groups, LENGTHS, compute), asked
 
 
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["exact", "bfloat16"])
-@pytest.mark.parametrize("even", [False, True], ids=["ragged", "no mask"])
-@pytest.mark.parametrize("kind", sorted(SIZES))
-def test_kept_states_give_the_logits_and_gradients_of_whole_passes(kind, even, dtype, tmp_path):
-    """On every architecture, packed and padded, from memory and from a file. Seen to fail with rows looked up by their
-    place in the batch, with the states of padding, and with layers below that run on what they are handed.
-    """
-    on, texts, rows = upper(kind), Texts(even), np.array([4, 1, 0, 5, 2, 3])
-    assert on.prefix is not None
-    found = []
-    for budget in (None, 1 << 20, 0):
-        if budget is not None:
-            on.prefix.keep(texts, [rows[:2], rows[2:]], budget=budget, folder=tmp_path, dtype=dtype)
-        for pack in (False, True):
-            on.train_only(frozenset("ACBH"))
-            on.route(np.array(SLOTS)[rows], pack=pack, examples=None if budget is None else rows)
-            logits = on.model(**texts.batch(rows)).logits
-            (logits * torch.arange(1.0, 4.0)).sum().backward()
-            found.append([logits.detach(), *(on.stacked(k).grad.clone() for k in on.layout.keys(frozenset("ACBH")))])
-    tolerance = {"atol": 1e-10, "rtol": 1e-9} if dtype is None else {"atol": 1.0, "rtol": 0.1}
-    for other in found[1:]:
-        torch.testing.assert_close(found[0], other, **tolerance)
-    assert (dtype is None) or not torch.equal(found[0][0], found[-1][0])
+@pytest.mark.parametrize("budget", [1 << 20, 0], ids=["memory", "file"])
+def test_states_come_in_the_order_that_is_asked_for(budget, tmp_path):
+    """A group is computed when one of it is needed, and once. Seen to fail with states laid group by group."""
+    found, asked = kept([np.array([3, 0]), np.array([2])], budget=budget, folder=tmp_path)
+    for rows in ([0], [2, 3, 0], [3, 2]):
+        assert torch.equal(found.of(np.array(rows)), states_of(np.array(rows)))
+    assert asked == [[3, 0], [2]]
+    assert found.of(np.array([0, 1])) is None
     assert not list(tmp_path.iterdir())
 
 
-def test_each_example_is_computed_once_and_only_where_it_is_kept():
-    """Its whole group with it. Seen to fail with groups computed at every pass."""
-    on, texts = upper("bert"), Texts()
-    below: list[int] = []
-    on.model.bert.encoder.layer[0].attention.register_forward_pre_hook(lambda *_: below.append(1))
-    on.prefix.keep(texts, [np.array([0, 1]), np.array([2, 3])], budget=1 << 20)
-    for rows in ([0], [1, 0], [2, 1], [3, 2, 1, 0]):
-        on.route([0] * len(rows), pack=True, examples=np.array(rows))
-        on.model(**Texts().batch(np.array(rows)))
-    assert texts.asked == [[0, 1], [2, 3]]
-    assert len(below) == 2
-    on.route([0, 0], pack=True, examples=np.array([0, 4]))
-    on.model(**Texts().batch(np.array([0, 4])))
-    assert len(below) == 3
+def test_states_may_be_kept_in_fewer_bits():
+    found, _ = kept([np.arange(4)], dtype=torch.bfloat16)
+    assert found.of(np.array([2])).dtype == torch.bfloat16
 
 
-def test_a_batch_without_row_numbers_is_computed_whole():
-    """Texts that a user asks about are no examples of the run. Seen to fail with states left over from before."""
-    on, texts = upper("bert"), Texts()
-    on.prefix.keep(texts, [np.arange(6)], budget=1 << 20)
-    on.route(SLOTS, pack=True, examples=np.arange(6))
-    on.model(**batch())
-    other = {**batch(), "input_ids": batch()["input_ids"] % 7 + 5 * batch()["attention_mask"]}
-    on.route(SLOTS, pack=True)
-    packed = on.model(**other).logits
-    on.route(SLOTS)
-    torch.testing.assert_close(packed, on.model(**other).logits, atol=1e-10, rtol=1e-9)
+def test_a_file_that_finds_no_room_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=5))
+    found, _ = kept([np.arange(4)], budget=0, folder=tmp_path)
+    with pytest.raises(FedtriError, match=r"simulation\.prefix_budget: hidden states of 0 MB .* has 0 MB"):
+        found.open()
+    assert not list(tmp_path.iterdir())
 
 
-def test_a_model_whose_results_differ_goes_on_without():
-    """A layer above that looks at what one below did. Seen to fail with a trial that always agrees."""
-    model, seen = classifier("bert"), {"last": torch.zeros(())}
-    first, second = model.bert.encoder.layer
-    first.attention.register_forward_hook(lambda module, args, out: seen.update(last=out[0].abs().sum()))
-    second.register_forward_hook(lambda module, args, out: out + seen["last"])
-    model.bert.register_forward_pre_hook(lambda *_: seen.update(last=torch.zeros(())))
-    targets = ["bert.encoder.layer.1.attention.self.query"]
-    assert prefix.prepare(model, targets, Routing()) is None
-    assert "forward" not in vars(first)
+@pytest.mark.parametrize(
+    ("targets", "layers", "first"),
+    [
+        ("auto", "all", 0),
+        ("auto", "last:1", 1),
+        (r"bert\.(pooler\.dense|encoder\.layer\.1\..*query)", "all", 0),
+    ],
+)
+def test_the_first_adapted_layer(targets, layers, first):
+    """An adapter beside the layers counts as if it stood below them. Seen to fail with the last one's number."""
+    assert first_adapted(adapted("bert", targets=targets, layers=layers)) == first
+
+
+def test_where_all_layers_are_adapted_nothing_is_kept():
+    assert executor(adapted("bert"), examples=examples(), keeping=Keeping([np.arange(4)], 1 << 20)).kept is None
 
 
 @pytest.mark.parametrize("method", ["fedit", "ce_lora", "centralized"])
@@ -113,8 +84,7 @@ def test_a_run_with_kept_states_is_the_run_without(method, lab, tmp_path):
                 tmp_path / f"{double}-{budget}", method=method, double=double, simulation__prefix_budget=budget, **UPPER
             )
             lines = [progress.line for progress in rounds(built)]
-            kept = built.site.cohort.prefix._states
-            assert (kept is not None) == (budget > 0)
+            assert (built.site.executor.kept is not None) == (budget > 0)
             found.append((clients_tensors(built), lines))
         assert_same(found[0][0], found[1][0], atol=atol, rtol=0)
         for line, other in zip(found[0][1], found[1][1], strict=True):
@@ -127,31 +97,17 @@ def test_a_resumed_run_keeps_the_same_states(lab, tmp_path):
     found = []
     for name, order in (("one", [0, 1]), ("other", [1, 0])):
         built = lab.federation(tmp_path / name, method="local", rounds=30, **UPPER)
-        on, splits = built.site.cohort, list(built.site.splits.values())
+        states, splits = built.site.executor.kept, list(built.site.splits.values())
         for client in order:
             for row in splits[client].train[:: 1 - 2 * client]:
-                assert on.prefix.ready(np.array([row]))
-        found.append(on.prefix._states[np.isin(np.arange(len(on.prefix._states)), _places(on, splits[:2]))])
+                states.of(np.array([row]))
+        found.append(states.of(np.concatenate([split.train for split in splits[:2]])))
     assert torch.equal(found[0], found[1])
-
-
-def _places(on, splits) -> np.ndarray:
-    rows = np.concatenate([split.train for split in splits])
-    lengths, starts = on.prefix._texts.lengths[rows], on.prefix._start[rows]
-    return np.concatenate([np.arange(start, start + n) for start, n in zip(starts, lengths, strict=True)])
-
-
-def test_layers_that_are_computed_again_in_the_backward_pass_get_no_kept_states():
-    """They would meet what the layer below handed on. Seen to fail without the look at gradient checkpointing."""
-    on = upper("bert")
-    on.prefix.keep(Texts(), [np.arange(6)], budget=1 << 20)
-    on.model.bert.encoder.layer[1].gradient_checkpointing = True
-    assert not on.prefix.ready(np.array([0]))
 
 
 def test_examples_that_a_run_meets_once_are_not_kept(lab, tmp_path):
     built = lab.federation(tmp_path, method="local", rounds=1, steps=1, evaluate=False, **UPPER)
-    assert not built.site.cohort.prefix.ready(next(iter(built.site.splits.values())).train[:1])
+    assert built.site.executor.kept.of(next(iter(built.site.splits.values())).train[:1]) is None
 
 
 @pytest.mark.parametrize(
@@ -177,12 +133,3 @@ def test_last_layers_without_targets_are_refused():
     assert loading.find_targets(model, "auto", "last:1") == [
         f"bert.encoder.layer.1.attention.self.{name}" for name in ("query", "value")
     ]
-
-
-def test_a_file_that_finds_no_room_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=5))
-    on = upper("bert")
-    on.prefix.keep(Texts(), [np.arange(6)], budget=0, folder=tmp_path)
-    with pytest.raises(FedtriError, match=r"simulation\.prefix_budget: hidden states of 0 MB .* has 0 MB"):
-        on.prefix.ready(np.array([0]))
-    assert not list(tmp_path.iterdir())
