@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 hypothesis.settings.register_profile("fedtri", deadline=None)  # a busy machine is no mistake of the code's
 hypothesis.settings.load_profile("fedtri")
 
-FIRST = ("network", "benchmarks", "experiments", "cli", "checkpoint")
+FIRST = ("network", "benchmarks", "experiments", "mistakes", "checkpoint")
 """Files whose single cases take longest: begun last, they would leave all cores but one idle at the end."""
 
 

@@ -9,7 +9,7 @@ from transformers import AutoProcessor, CLIPModel
 from typer.testing import CliRunner
 
 from fedtri import config, tasks
-from fedtri.cli.main import app
+from fedtri.cli.main import application
 from fedtri.runs import lifecycle
 
 ROOT = Path(__file__).parents[1]
@@ -53,7 +53,8 @@ def test_start_scores_the_checkpoint_itself(tiny_clip):
     found = lifecycle.starting(config.load(path, settings))
     assert len(found) == 3
     assert all(set(scores) == {"loss", "accuracy"} for scores in found.values())
-    said = CliRunner().invoke(app, ["start", str(path), *(part for text in settings for part in ("--set", text))])
+    options = [part for text in settings for part in ("--set", text)]
+    said = CliRunner().invoke(application(), ["start", str(path), *options])
     assert said.exit_code == 0
     mean = sum(scores["loss"] for scores in found.values()) / 3
     assert f"{mean:.4f}" in said.output

@@ -11,8 +11,8 @@ from flwr import serverapp
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedtri.communication.flower_calls import BODY, FAILED, Called, SiteError, called
 from fedtri.communication.codec import Codec
+from fedtri.communication.flower_calls import BODY, FAILED, Called, SiteError, called
 from fedtri.deploy import site
 from tiny import LABELS, Lab, save_data
 
