@@ -98,7 +98,11 @@ def test_a_client_refuses_what_is_not_finite_or_too_large(value):
 
 
 WRONG: dict[str, tuple[Reply, Request, str]] = {
-    "an old round": (reply(some("A"), round=2), asked(0), "the reply is to train of round 3, expected train of round 1"),
+    "an old round": (
+        reply(some("A"), round=2),
+        asked(0),
+        "the reply is to train of round 3, expected train of round 1",
+    ),
     "another phase": (reply({}), asked(0, "evaluate"), "the reply is to train of round 1, expected evaluate of"),
     "not finite": (reply({Key("one", "A"): torch.full((2, 6), math.nan)}), asked(), "A of one has norm nan"),
     "another factor": (reply(some("B")), asked(), "expected that it does not travel"),
