@@ -1,19 +1,23 @@
 """DoRA and HiRA are their dense definitions, run under the methods they are defined for, and load in PEFT."""
 
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
-from fedtri.execution.routing import Routing
 from peft import PeftModel
 from torch import nn
 
-from fedtri.adapters.layer import TriLinear
+from fedtri.adapters.layer import AdaptedLinear, LayerFactors, adapt
+from fedtri.adapters.layout import Factors
+from fedtri.adapters.model import load
 from fedtri.errors import FedtriError
 from fedtri.methods import METHODS, build
 from fedtri.models import peft
 from fedtri.models.loading import Weights
 from fedtri.runs import simulation
-from fedtri.tasks.text_classification import load
-from tiny import rounds
+from fedtri.tasks.text_classification import load as load_model
+from tiny import clients_tensors, rounds
 
 KINDS = ("dora", "hira")
 DEFINED = ("fedit", "ffa_lora", "fedsa_lora", "flexlora", "flora_na")
@@ -21,29 +25,23 @@ DEFINED = ("fedit", "ffa_lora", "fedsa_lora", "flexlora", "flora_na")
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_kind_is_its_dense_definition(kind):
-    """With d_in ≠ d_out, a bias, two clients, and a core that is not the identity; gradients too."""
+    """With d_in ≠ d_out, a bias, and a core that is not the identity; gradients too."""
     torch.manual_seed(0)
-    base = nn.Linear(5, 3).double()
-    routing = Routing()
-    layer = TriLinear(base, 2, 2, routing, kind=kind)
-    with torch.no_grad():
-        for parameter in (layer.A, layer.B, layer.C):
-            parameter.normal_()
-        layer.scale.copy_(torch.tensor([2.0, 0.5]))
-        if kind == "dora":
-            layer.M.uniform_(1, 2)
-    routing.set(torch.tensor([1, 0, 1]))
-    x = torch.randn(3, 4, 5).double()
-    got = layer(x)
-    for sample, slot in enumerate((1, 0, 1)):
-        update = layer.scale[slot] * layer.B[slot] @ layer.C[slot] @ layer.A[slot]
-        W = base.weight * (1 + update) if kind == "hira" else base.weight + update
-        if kind == "dora":
-            W = layer.M[slot][:, None] * W / W.norm(dim=1, keepdim=True).detach()
-        expected = x[sample] @ W.mT + base.bias
-        torch.testing.assert_close(got[sample], expected, atol=1e-12, rtol=0)
-        one, other = (torch.autograd.grad(y.sum(), layer.B, retain_graph=True)[0] for y in (got[sample], expected))
-        torch.testing.assert_close(one, other, atol=1e-10, rtol=0)
+    base, draw = nn.Linear(5, 3).double(), partial(torch.randn, dtype=torch.float64)
+    layer = AdaptedLinear(base, "layer", kind)
+    B = draw(3, 2, requires_grad=True)
+    own = LayerFactors(draw(2, 5), draw(2, 2), B, 0.5, M=1 + draw(3).abs() if kind == "dora" else None)
+    x = draw(4, 5)
+    got = adapt(base(x), x, layer, own)
+    update = own.scale * B @ own.C @ own.A
+    W = base.weight * (1 + update) if kind == "hira" else base.weight + update
+    if kind == "dora":
+        assert own.M is not None
+        W = own.M[:, None] * W / W.norm(dim=1, keepdim=True).detach()
+    expected = x @ W.mT + base.bias
+    torch.testing.assert_close(got, expected, atol=1e-12, rtol=0)
+    one, other = (torch.autograd.grad(y.sum(), B, retain_graph=True)[0] for y in (got, expected))
+    torch.testing.assert_close(one, other, atol=1e-10, rtol=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -51,8 +49,7 @@ def test_a_kind_starts_as_the_base_model(lab, tmp_path, kind):
     logits = []
     for name in (kind, "lora"):
         built = lab.federation(tmp_path / name, method="fedit", adapter=name, double=True)
-        built.site.executor.cohort.write(0, built.site.initial(built.transport.clients()[0]), 3, 6.0)
-        logits.append(_logits(built))
+        logits.append(_logits(built, built.site.initial(built.spec.clients[0])))
     torch.testing.assert_close(*logits, atol=1e-6, rtol=0)
 
 
@@ -77,46 +74,39 @@ def test_exported_it_loads_in_peft_with_the_same_logits(lab, tmp_path, kind, mod
     targets = {"bert": "query,intermediate.dense", "gpt2": "c_attn"}[model]
     built = lab.federation(tmp_path, kind=model, method="fedit", adapter=kind, targets=targets)
     list(rounds(built))
-    site, name = built.site, built.transport.clients()[0]
-    factors = site.store.load(name)
-    site.executor.cohort.write(0, factors, 3, 6.0)
-    mine = _logits(built)
-    peft.write_peft(
-        tmp_path / "out",
-        factors,
-        site.executor.cohort,
-        alpha=6.0,
-        base_model=str(lab.model(model)),
-        task_type="SEQ_CLS",
-    )
-    plain = load(str(lab.model(model)), built.spec.labels, Weights()).model
+    factors, on = clients_tensors(built)["client-00"], built.opened.adapted
+    mine, folder = _logits(built, factors), str(lab.model(model))
+    peft.write_peft(tmp_path / "out", factors, on, alpha=6.0, base_model=folder, task_type="SEQ_CLS")
+    plain = load_model(str(lab.model(model)), built.spec.labels, Weights()).model
     loaded = PeftModel.from_pretrained(plain, str(tmp_path / "out")).eval()
-    torch.testing.assert_close(_logits(built, loaded), mine, atol=1e-5, rtol=0)
-    merged = load(str(lab.model(model)), built.spec.labels, Weights()).model
-    peft.merge(merged, factors, site.executor.cohort.layout, 2.0, kind)
-    torch.testing.assert_close(_logits(built, merged.eval()), mine, atol=1e-5, rtol=0)
+    torch.testing.assert_close(_by(built, loaded), mine, atol=1e-5, rtol=0)
+    merged = load_model(str(lab.model(model)), built.spec.labels, Weights()).model
+    peft.merge(merged, factors, on.layout, 2.0, kind)
+    torch.testing.assert_close(_by(built, merged.eval()), mine, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("method", ["flora", "fedex_lora", "full", "ravan"])
 def test_merging_is_what_the_client_computes(lab, tmp_path, method):
     built = lab.federation(tmp_path, method=method, rank=4)
     list(rounds(built))
-    site, name = built.site, built.transport.clients()[0]
-    factors = site.store.load(name)
-    site.executor.cohort.write(0, factors, 4, 6.0)
-    mine = _logits(built)
-    merged = load(str(lab.model()), built.spec.labels, Weights()).model
-    peft.merge(merged, factors, site.executor.cohort.layout, 1.5)
-    torch.testing.assert_close(_logits(built, merged.eval()), mine, atol=1e-5, rtol=0)
+    factors, on = clients_tensors(built)["client-00"], built.opened.adapted
+    mine = _logits(built, factors)
+    merged = load_model(str(lab.model()), built.spec.labels, Weights()).model
+    peft.merge(merged, factors, on.layout, 1.5)
+    torch.testing.assert_close(_by(built, merged.eval()), mine, atol=1e-5, rtol=0)
     if method != "ravan":
         with pytest.raises(FedtriError, match="--merge"):
-            peft.write_peft(
-                tmp_path / "out", factors, site.executor.cohort, alpha=6.0, base_model="x", task_type="SEQ_CLS"
-            )
+            peft.write_peft(tmp_path / "out", factors, on, alpha=6.0, base_model="x", task_type="SEQ_CLS")
 
 
-def _logits(built: simulation.Federation, model: nn.Module | None = None) -> torch.Tensor:
-    batch = built.site.executor.examples.batch(built.site.splits[built.transport.clients()[0]].test)
-    built.site.executor.cohort.route([0] * len(batch["labels"]))
-    with torch.no_grad():
-        return built.site.executor.task.logits(model or built.site.executor.cohort.model, batch)
+def _logits(built: simulation.Federation, factors: Factors) -> torch.Tensor:
+    """A client's logits with these tensors, as it computes them itself."""
+    own, site = built.opened.adapted, built.site
+    load(own, factors, rank=site.scales.ranks["client-00"], alpha=site.scales.alpha)
+    return _by(built, own.model)
+
+
+@torch.no_grad()
+def _by(built: simulation.Federation, model: nn.Module) -> torch.Tensor:
+    executor: Any = built.site.executor
+    return executor.task.logits(model, executor.examples.batch(built.site.splits["client-00"].test))

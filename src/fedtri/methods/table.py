@@ -7,6 +7,7 @@ from fedtri.methods.ce_lora import ce_lora
 from fedtri.methods.centralized import centralized
 from fedtri.methods.ditto import ditto
 from fedtri.methods.fed_sb import fed_sb
+from fedtri.methods.feddpa import feddpa
 from fedtri.methods.fedex_lora import fedex_lora
 from fedtri.methods.fedit import fedit
 from fedtri.methods.fedprox import fedprox
@@ -43,4 +44,5 @@ METHODS: dict[str, Callable[..., Method]] = {
     "ce_lora": ce_lora,
     "ditto": ditto,
     "pfedme": pfedme,
+    "feddpa": feddpa,
 }
