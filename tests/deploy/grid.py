@@ -7,12 +7,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import tomli_w
+from fedtri.communication.sealed import Terms
 from flwr import serverapp
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedtri.communication.flower_calls import BODY, FAILED, Called, SiteError, called
-from fedtri.communication.sealed import Terms
 from fedtri.deploy import site
 from fedtri.deploy.terms import fingerprint
 from tiny import LABELS, Lab, save_data

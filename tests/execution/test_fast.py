@@ -8,8 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from execution.clients import DECODERS, ENCODERS, EVERYTHING, HOW, adapted, client, examples, executor, run
 
+from execution.clients import DECODERS, ENCODERS, EVERYTHING, HOW, adapted, client, examples, executor, run
 from fedtri.execution.fast import attention, packing
 from fedtri.execution.fast.kept import Keeping
 from fedtri.execution.fast.table import ARCHITECTURES

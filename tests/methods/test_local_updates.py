@@ -87,9 +87,6 @@ def test_flora_starts_afresh_with_every_new_total(lab, tmp_path):
             assert Key(layer, "W") in factors
         seen.append(factors[Key(layer, "A")])
     assert not torch.equal(seen[0], seen[1]), "with the same A every round, W would live in its row space"
-    assert built.site.executor.cohort.layer(layer).dense[0] is built.site.executor.cohort.layer(layer).dense[1], (
-        "one copy of an equal W"
-    )
 
 
 def test_rolora_sends_down_only_what_changed(lab, tmp_path):
