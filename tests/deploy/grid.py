@@ -7,7 +7,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import tomli_w
-from fedtri.communication.sealed import Terms
 from flwr import serverapp
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
