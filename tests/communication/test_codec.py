@@ -98,7 +98,11 @@ def test_a_client_refuses_what_is_not_finite_or_too_large(value):
 
 
 WRONG: dict[str, tuple[Reply, Request, str]] = {
-    "an old round": (reply(some("A"), round=2), asked(0), "the reply is to train of round 3, expected train of round 1"),
+    "an old round": (
+        reply(some("A"), round=2),
+        asked(0),
+        "the reply is to train of round 3, expected train of round 1",
+    ),
     "another phase": (reply({}), asked(0, "evaluate"), "the reply is to train of round 1, expected evaluate of"),
     "not finite": (reply({Key("one", "A"): torch.full((2, 6), math.nan)}), asked(), "A of one has norm nan"),
     "another factor": (reply(some("B")), asked(), "expected that it does not travel"),
@@ -117,7 +121,7 @@ def test_a_reply_that_cannot_be_used_is_refused(said, request_, why, tmp_path):
 
 def test_a_buffer_longer_than_any_reply_is_not_looked_at(tmp_path):
     data = CODEC.write_reply(reply(some("A")), "train", ClientStore(tmp_path))
-    with pytest.raises(FedtriError, match="expected at most [0-9]+ bytes"):
+    with pytest.raises(FedtriError, match=r"expected at most [0-9]+ bytes"):
         CODEC.read_reply(data + bytes(1 << 16), asked())
 
 

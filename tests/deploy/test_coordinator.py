@@ -231,3 +231,25 @@ def test_a_method_that_needs_everyones_data_in_one_place_is_refused(lab, tmp_pat
     sites = Sites(tmp_path, lab)
     with pytest.raises(FedtriError, match="centralized trains on everyone's data in one place"):
         coordinator.lead(sites.configure(method="centralized"), Grid(sites), {})
+
+
+def test_the_last_layers_alone_and_early_stopping_are_for_both_ends(lab, tmp_path):
+    """Seen to fail with `layers` left out of the server's layout: every reply was of another model."""
+    sites = Sites(tmp_path, lab)
+    path = sites.configure(
+        method="fedit", layers="last:1", early_stopping={"patience": 1}, rounds=2, evaluate=True,
+        wire={"dtype": "int8"}, network={"deadline": 60.0},
+    )  # fmt: skip
+    coordinator.lead(path, Grid(sites), {})
+    found = lines(tmp_path)
+    assert not any(line.get("failed") or line.get("refused") for line in found)
+    assert all(line["validation_loss"] > 0 for line in found)
+
+
+def test_a_site_without_validation_examples_says_so_where_early_stopping_needs_them(lab, tmp_path, caplog):
+    sites = Sites(tmp_path, lab)
+    few = {"train": 0.79, "validation": 0.01, "test": 0.2}
+    path = sites.configure(method="fedit", early_stopping={"patience": 1}, split=few, network={"attempts": 1})
+    with pytest.raises(FedtriError, match=r"a: failed while reading its data; the reason is in the site's own log"):
+        coordinator.lead(path, Grid(sites), {})
+    assert "early_stopping.patience: needs validation examples" in caplog.text
