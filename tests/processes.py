@@ -4,6 +4,7 @@ A process that imports PyTorch and transformers costs as much as a hundred runs 
 """
 
 import os
+import runpy
 import signal
 import sys
 import time
@@ -88,3 +89,14 @@ def fork(folder: Path, run: Callable[[], object]) -> Child:
                 traceback.print_exc()
     finally:
         os._exit(code)  # nothing of the test session may run on in the child, fixtures least of all
+
+
+def script(folder: Path, path: Path | str, *arguments: str) -> Child:
+    """A Python script in a process of its own, as the shell would start it."""
+
+    def run() -> None:
+        sys.argv = [str(path), *arguments]
+        sys.path.insert(0, str(Path(path).parent))
+        runpy.run_path(str(path), run_name="__main__")
+
+    return fork(folder, run)

@@ -6,7 +6,6 @@ They run in this process, and what they start is forked from it: importing PyTor
 import importlib
 import multiprocessing
 import os
-import runpy
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from processes import fork
+from processes import fork, script
 from report import browsers
 from tiny import Lab
 
@@ -71,12 +70,7 @@ def main(name: str, arguments: Sequence[str]) -> None:
 
 def forked(command: Sequence[str], **_: object) -> SimpleNamespace:
     """As subprocess.run of a Python script."""
-
-    def run() -> None:
-        sys.argv = list(command[1:])
-        runpy.run_path(command[1], run_name="__main__")
-
-    child = fork(Path(f"child-{os.getpid()}"), run)
+    child = script(Path(f"child-{os.getpid()}"), *command[1:])
     assert child.wait(600) == 0, child.errors.read_text()
     return SimpleNamespace(stdout=child.output.read_text())
 
