@@ -121,7 +121,7 @@ def test_a_reply_that_cannot_be_used_is_refused(said, request_, why, tmp_path):
 
 def test_a_buffer_longer_than_any_reply_is_not_looked_at(tmp_path):
     data = CODEC.write_reply(reply(some("A")), "train", ClientStore(tmp_path))
-    with pytest.raises(FedtriError, match="expected at most [0-9]+ bytes"):
+    with pytest.raises(FedtriError, match=r"expected at most [0-9]+ bytes"):
         CODEC.read_reply(data + bytes(1 << 16), asked())
 
 
