@@ -53,7 +53,9 @@ def test_effective_update_by_hand():
     expected = torch.tensor([[6.0, 12, 0], [-6, -12, 0]])
     torch.testing.assert_close(effective_update(own, "l", 2.0), expected)
     second = {Key("l", "a"): torch.tensor([[0.0, 0, 1]]), Key("l", "b"): torch.tensor([[5.0], [0]])}
-    torch.testing.assert_close(effective_update({**own, **second}, "l", 2.0), expected + torch.tensor([[0, 0, 10], [0, 0, 0]]))
+    torch.testing.assert_close(
+        effective_update({**own, **second}, "l", 2.0), expected + torch.tensor([[0, 0, 10], [0, 0, 0]])
+    )
 
 
 def test_blocks_stand_on_the_diagonal_with_their_scalars():
@@ -72,5 +74,5 @@ def test_the_order_on_the_wire_is_stable():
     layout = Layout(LAYOUT.layers, (("head.weight", (3, 4)),), extra="Wab")
     kinds = frozenset("HbaWBCA")
     assert [key.factor for key in layout.keys(kinds)] == [*"AACCBBWWaabb", "H"]
-    assert list(layout.shapes(2)) and layout.shapes(2)[Key("up", "a")] == (2, 5)
+    assert layout.shapes(2)[Key("up", "a")] == (2, 5)
     assert layout.shapes(2)[Key("up", "b")] == (8, 2)

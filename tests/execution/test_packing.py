@@ -35,7 +35,7 @@ def test_rows_hold_every_text_whole_and_are_of_one_client_each(texts):
 
 
 def test_rows_by_hand():
-    """Texts of 2, 3 and 1 tokens, the first and last in one row of four places. What holds no token has the row's first."""
+    """Texts of 2, 3 and 1 tokens, the first and last in one row of four places. An empty one has its row's first."""
     places = laid([[0, 2], [1]], [2, 3, 1], 4)
     assert places.texts.tolist() == [[0, 0, 2, -1], [1, 1, 1, -1]]
     assert places.positions.tolist() == [[0, 1, 0, 0], [0, 1, 2, 0]]

@@ -107,7 +107,7 @@ def test_adamws_step_by_hand():
 def test_a_parameter_that_a_task_does_not_use_stands_still():
     learns = weights(2.0, 3.0)
     found = steps(learns, work_of(), SGD_LIKE)
-    list(learns.values())[0].grad = torch.tensor([0.5], dtype=torch.float64)
+    next(iter(learns.values())).grad = torch.tensor([0.5], dtype=torch.float64)
     found.take()
     assert [round(float(parameter), 6) for parameter in learns.values()] == [1.9, 3.0]
 
@@ -269,5 +269,3 @@ def test_a_tag_that_is_ignored_is_no_term_of_the_loss():
     logits = on.model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     assert int((batch["labels"] == IGNORED).sum()) > 0
     assert found["loss"] == pytest.approx(float(cross_entropy(logits.flatten(0, 1), batch["labels"].flatten())))
-
-

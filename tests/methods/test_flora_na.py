@@ -115,3 +115,30 @@ def test_lower_precision_comes_back_as_it_went_in(dtype: torch.dtype):
     B_hat, A_hat = nearest_average(B, A, weights)[:2]
     assert B_hat.dtype == A_hat.dtype == dtype
     assert (products.residual(B, A, weights, B_hat, A_hat) < 1).all()
+
+
+def test_factors_that_are_nearly_equal_are_told_apart():
+    """B = 0 and b, A = (1, 0) and (1, ε): M = ½ b (1, ε), which p ∝ (0, 1) reaches exactly.
+
+    Seen to fail with RIDGE = 1e-3: p does not leave (½, ½), and Â points to (1, ε / 2).
+    """
+    epsilon = 1e-3
+    B = torch.tensor([[0.0], [1.0]], dtype=torch.float64).view(1, 2, 1, 1).expand(1, 2, 3, 1)
+    A = torch.tensor([[1.0, 0.0], [1.0, epsilon]], dtype=torch.float64).view(1, 2, 1, 2)
+    weights = torch.tensor([0.5, 0.5])
+    B_hat, A_hat = nearest_average(B, A, weights)[:2]
+    assert float(A_hat[0, 0, 1] / A_hat[0, 0, 0]) == pytest.approx(epsilon, rel=1e-4)
+    assert products.residual(B, A, weights, B_hat, A_hat).item() < 1e-7
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_rounding_in_what_clients_send_stays_rounding(seed):
+    """Clients' A that differ by 4e-5, as after a few small steps. Seen to fail with a stop by the objective's relative
+    decrease of 1e-8: one sweep more or less, and Â moved by 1e-6 of its norm."""
+    generator = torch.Generator().manual_seed(seed)
+    draw_one = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    B, A = draw_one(6, 4, 12, 4), draw_one(6, 1, 4, 12) + 4e-5 * draw_one(6, 4, 4, 12)
+    weights = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
+    found = nearest_average(B, A, weights)[1]
+    again = nearest_average(B * (1 + 1e-15 * draw_one(*B.shape)), A * (1 + 1e-15 * draw_one(*A.shape)), weights)[1]
+    assert ((found - again).norm(dim=(1, 2)) < 1e-8 * found.norm(dim=(1, 2))).all()

@@ -4,28 +4,25 @@ Set FEDTRI_SHOTS=FOLDER to keep the screenshots at phone and desktop width, ligh
 """
 
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from fedtri.report import page, reading
-from report import synthetic
+from report import browsers, synthetic
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
 AT_LOAD = """addEventListener("load", () => {
   window.before = { library: "Plotly" in window, text: document.querySelector("main").innerText.length };
 }, { capture: true });"""
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "microsoft-edge")
 WIDTHS = {"phone": (390, 844), "desktop": (1280, 900)}
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator["playwright.Browser"]:
-    program = next((path for name in BROWSERS if (path := shutil.which(name))), None)
-    if program is None:
-        pytest.skip(f"no browser found (looked for {', '.join(BROWSERS)}): apt-get install chromium")
+    if (program := browsers.program()) is None:
+        pytest.skip(browsers.ABSENT)
     with playwright.sync_playwright() as started:
         found = started.chromium.launch(executable_path=program, args=["--no-sandbox"] if os.geteuid() == 0 else [])
         yield found

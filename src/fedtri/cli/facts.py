@@ -1,38 +1,49 @@
-"""Commands that say what there is before anything runs: methods, cost."""
+"""Commands that answer before anything runs: methods, cost."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich import box
+from rich.console import Console
 from rich.table import Table
 
-from fedtri.cli.shared import prepare, say, wide
+from fedtri.cli.shared import console, prepare, say, wide
 
 
 def methods() -> None:
-    """List the methods: what learns, what travels, and where each is from."""
+    """List the methods: what learns, what travels, and the paper each is from."""
     from fedtri.adapters.layout import FACTORS
-    from fedtri.methods import METHODS, build, scope
+    from fedtri.errors import FedtriError
+    from fedtri.methods import build, names, scope
 
-    table = Table("method", "learns", "up", "down", "factors", "mixed ranks", "source", box=box.SIMPLE_HEAD)
-    for name in METHODS:
-        method = build(name)
-        plans = [method.plan(round) for round in (0, 1)]
-        travels = (
-            " / ".join(dict.fromkeys(" ".join(f for f in FACTORS if f in kinds) or "–" for kinds in rounds))
-            for rounds in zip(*((plan.train, plan.up, plan.down) for plan in plans), strict=True)
-        )
+    def letters(kinds: frozenset[str]) -> str:
+        return "".join(factor for factor in FACTORS if factor in kinds) or "–"
+
+    columns = ("method", "learns", "up", "down", "factors", "ranks", "paper", "year", "link")
+    table, broken = Table(*columns, box=box.SIMPLE_HEAD), list[FedtriError]()
+    for name in names():
+        try:
+            method = build(name)
+        except FedtriError as error:  # a package that is installed beside fedtri
+            broken.append(error)
+            continue
+        plans, paper = [method.plan(round) for round in (0, 1)], method.paper
+        ways = zip(*((plan.train, plan.up, plan.down) for plan in plans), strict=True)
         table.add_row(
             name,
-            *travels,
+            *("/".join(dict.fromkeys(map(letters, rounds))) for rounds in ways),
             scope(method),
-            "yes" if method.adapter.mixed_ranks else "–",
-            method.paper.link.removeprefix("https://"),
+            "mixed" if method.adapter.mixed_ranks else "one",
+            paper.name,
+            str(paper.year or "–"),
+            paper.link.removeprefix("https://") or "–",
         )
-    wide().print(table)
-    say("A, C, B: the adapter; H: the head; S: scalars of C's blocks; W: a dense update; P: the whole model.")
-    say("x / y: what even and odd rounds differ in.")
+    Console(width=max(console.width, 112)).print(table)
+    say("A, C, B: the adapter; a, b: a second one; H: the head; S: scalars of C's blocks; W: a dense update;")
+    say("P: the whole model. x/y: what even and odd rounds differ in. A method of your own: FILE.py:FUNCTION.")
+    for error in broken:
+        say(str(error))
 
 
 def cost(

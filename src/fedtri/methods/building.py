@@ -6,7 +6,6 @@ from typing import Any
 
 from fedtri.aggregation import means
 from fedtri.aggregation.server_optimizers import ServerOptimizer
-from fedtri.config.strict import checked_options
 from fedtri.errors import FedtriError
 from fedtri.messages import Reply
 from fedtri.method import Aggregate, Method, Plan
@@ -28,18 +27,26 @@ def build(
 ) -> Method:
     """The method of this name with its options, for this kind of adapter, with this head and server optimiser.
 
-    `name` is as `lookup.find` takes it. Raises FedtriError for an unknown method or option, an option's value out of
-    range, a kind of adapter that the method is not defined for, or a server optimiser where what is shared is no
-    average.
+    Raises FedtriError as `lookup.make` and `as_run` do.
     """
-    made = lookup.make(name, checked_options(lookup.find(name), options or {}, "method_options", name))
-    return as_run(made, head=head, adapter=adapter, optimizer=optimizer)
+    return as_run(lookup.make(name, options), head=head, adapter=adapter, optimizer=optimizer)
 
 
 def as_run(
     method: Method, *, head: str = "default", adapter: str = "lora", optimizer: ServerOptimizer | None = None
 ) -> Method:
-    """The method as a run uses it: for this kind of adapter, with this head and server optimiser; see `build`."""
+    """The method as a run uses it.
+
+    Args:
+        method: The method as its function returned it.
+        head: "shared": H travels both ways; "personal": it stays home; "default": as the method's paper has it.
+        adapter: The kind of adapter: lora, dora or hira.
+        optimizer: Follows the move of what the server shares.
+
+    Raises:
+        FedtriError: For a kind of adapter that the method is not defined for, or a server optimiser where what is
+            shared is no average.
+    """
     method = with_head(with_adapter(method, adapter), head)
     method = replace(method, aggregate=_with_averages(method))
     return method if optimizer is None else with_optimizer(method, optimizer)

@@ -60,7 +60,7 @@ def nearest_average(
     weights: Float[Tensor, "m"],
     *,
     sweeps: int = 100,
-    tolerance: float = 1e-8,
+    tolerance: float = 1e-11,
 ) -> tuple[
     Float[Tensor, "layers d_out r"],
     Float[Tensor, "layers r d_in"],
@@ -69,35 +69,39 @@ def nearest_average(
 ]:
     """B̂ = Σq_uB_u, Â = Σp_vA_v, p and q at a local minimum of ‖M − B̂Â‖_F² (FLoRA-NA, arXiv:2509.26399).
 
-    With p fixed the objective ‖M‖² − 2qᵀcp + qᵀNq is quadratic in q, and the other way round, where c[u,
-    v] = ⟨M, B_uA_v⟩. Each half sweep is the proximal step (N + εI)δ = cp − Nq, q ← q + δ: never uphill,
-    also where N is singular, and free of a ridge's bias. It starts at p = q = weights, so no layer ends
-    above FedAvg; a layer stops at a relative decrease below `tolerance`. p and q are float64.
+    With p fixed the objective ‖M‖² − 2qᵀcp + qᵀNq is quadratic in q, and the other way round, where c[u, v] =
+    ⟨M, B_uA_v⟩. Each half sweep is the proximal step (N + εI)δ = cp − Nq, q ← q + δ: never uphill, also where N is
+    singular, and free of a ridge's bias. It starts at p = q = weights, so no layer ends above FedAvg.
 
-    Cost: `gram_blocks`, then O(m²r² + m³) a half sweep; a few sweeps as a rule.
+    A layer stops when neither B̂ nor Â moves by more than `tolerance` of its norm. Where clients' A are nearly equal,
+    p can still move much while the objective hardly falls: to stop by the objective would leave Â where rounding has it.
+
+    Returns:
+        B̂, Â in the dtype of B and A, and p, q in float64. Cost: `gram_blocks`, then O(m²r² + m³) a half sweep.
     """
     GB, GA = gram_blocks(B, A)
+    inner_B, inner_A = (G.diagonal(dim1=3, dim2=4).sum(-1) for G in (GB, GA))  # ⟨B_u, B_v⟩ and ⟨A_u, A_v⟩
     w = weights.double().expand(len(B), -1)
     # (layers, u, k a b) @ (layers, k a b, v)
     target = (GB.transpose(1, 2) * w[:, None, :, None, None]).flatten(2) @ GA.transpose(1, 2).flatten(2).mT
     energy = (w * target.diagonal(dim1=1, dim2=2)).sum(-1)  # ‖M‖²
-    p, q, active = w, w, torch.ones(len(B), dtype=torch.bool)
 
     def objective(p: Tensor, q: Tensor) -> Tensor:
         N = normal_matrix(GA, GB, q)
         return energy + (p * ((N @ p[..., None] - 2 * target.mT @ q[..., None])[..., 0])).sum(-1)
 
-    start = value = objective(p, q)
-    floor = 1e-15 * energy  # below it a decrease is rounding
+    p, q, active = w, w, torch.ones(len(B), 1, dtype=torch.bool)
     for _ in range(sweeps):
-        q = _proximal(normal_matrix(GB, GA, p), target, p, q, active)
-        N = normal_matrix(GA, GB, q)
-        p = _proximal(N, target.mT, q, p, active)
-        before, value = value, objective(p, q)
-        active = active & (before - value > tolerance * before + floor)
+        step_q = _step(normal_matrix(GB, GA, p), target, p, q) * active
+        q = q + step_q
+        step_p = _step(normal_matrix(GA, GB, q), target.mT, q, p) * active
+        p = p + step_p
+        moves_B = _length(inner_B, step_q) > tolerance * _length(inner_B, q)
+        moves_A = _length(inner_A, step_p) > tolerance * _length(inner_A, p)
+        active = active & (moves_B | moves_A)[:, None]
         if not active.any():
             break
-    worse = (value > start)[:, None]
+    worse = (objective(p, q) > objective(w, w))[:, None]
     p, q = torch.where(worse, w, p), torch.where(worse, w, q)
     return _combined(q, B), _combined(p, A), p, q
 
@@ -129,18 +133,22 @@ def normal_matrix(
     return (own.flatten(1, 2).flatten(2) @ inner.mT).view(own.shape[:3])
 
 
-def _proximal(
+def _step(
     N: Float[Tensor, "layers m m"],
     target: Float[Tensor, "layers m m"],
     other: Float[Tensor, "layers m"],
     own: Float[Tensor, "layers m"],
-    active: Tensor,
 ) -> Float[Tensor, "layers m"]:
+    """δ of the proximal step (N + εI)δ = target · other − N · own."""
     ridge = RIDGE * N.diagonal(dim1=1, dim2=2).mean(-1) + torch.finfo(N.dtype).tiny
     N_ridge = N + ridge[:, None, None] * torch.eye(N.shape[-1], dtype=N.dtype)
     gap = target @ other[..., None] - N @ own[..., None]
-    step = torch.cholesky_solve(gap, torch.linalg.cholesky_ex(N_ridge).L)[..., 0]
-    return own + step * active[:, None]
+    return torch.cholesky_solve(gap, torch.linalg.cholesky_ex(N_ridge).L)[..., 0]
+
+
+def _length(inner: Float[Tensor, "layers m m"], q: Float[Tensor, "layers m"]) -> Float[Tensor, "layers"]:
+    """‖Σ q_uX_u‖_F, given the inner products of the X_u."""
+    return (q * (inner @ q[..., None])[..., 0]).sum(-1).clamp(min=0).sqrt()
 
 
 def _combined(q: Float[Tensor, "layers m"], X: Float[Tensor, "layers m a b"]) -> Float[Tensor, "layers a b"]:

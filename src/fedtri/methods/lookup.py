@@ -12,11 +12,13 @@ import importlib.util
 import inspect
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+from fedtri.config.strict import checked_options
 from fedtri.errors import FedtriError
 from fedtri.method import Method
 from fedtri.methods.table import METHODS
@@ -83,14 +85,16 @@ def find(name: str) -> MakeMethod:
         raise FedtriError(f"method: {name} of {_package(offered[0])}: {_where(error)}") from error
 
 
-def make(name: str, options: dict[str, object]) -> Method:
-    """The method with these options, which are checked already; one from outside must be what it says it is.
+def make(name: str, options: Mapping[str, Any] | None = None) -> Method:
+    """The method of this name with its options.
 
-    Raises FedtriError where its function fails, returns no Method, or gives it a name that is taken or is no name.
+    Raises FedtriError as `find` does, for an option that is unknown or out of range, and where the function fails,
+    returns no Method, or gives it a name that is taken or is no name.
     """
     function = find(name)
+    checked = checked_options(function, options or {}, "method_options", name)
     try:
-        method = function(**options)
+        method = function(**checked)
     except FedtriError:
         raise
     except Exception as error:

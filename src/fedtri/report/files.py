@@ -31,15 +31,13 @@ def write(figures: Mapping[str, go.Figure], folder: Path, kind: str = "svg") -> 
     drawn = [_on_white(figure) for figure in figures.values()]
     try:
         write_images(
-            drawn, paths, scale=KINDS[kind],
+            drawn, [str(path) for path in paths], scale=KINDS[kind],
             width=[figure.layout.width for figure in drawn], height=[figure.layout.height for figure in drawn],
         )  # fmt: skip
     except RuntimeError as error:
         if "Chrome" not in str(error):
             raise
-        raise FedtriError(
-            "--figures: found no Chrome or Chromium; run: apt-get install chromium"
-        ) from None
+        raise FedtriError("--figures: found no Chrome or Chromium; run: apt-get install chromium") from None
     return paths
 
 

@@ -1,4 +1,4 @@
-"""Figures that compare runs: accuracy against bytes, what is communicated, worst and best client, and the courses."""
+"""Figures that compare runs: accuracy against bytes, communication, worst and best client, accuracy by round."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -198,7 +198,7 @@ def seconds(groups: Sequence[Group]) -> go.Figure:
 
 
 def of_groups(groups: Sequence[Group]) -> Mapping[str, go.Figure]:
-    """Every figure these runs have the numbers for, by name."""
+    """Every figure for which these runs have the numbers, by name."""
     found: dict[str, go.Figure] = {}
     scored = any(math.isfinite(g.mean("mean")) for g in groups)
     if scored:
@@ -232,7 +232,7 @@ def _area(groups: Sequence[Group]) -> str:
 
 
 def _one_seed(figure: go.Figure, groups: Sequence[Group]) -> go.Figure:
-    """The figure, which says so itself where there is one seed: a file of it comes without the words around it."""
+    """The figure with a note where there is one seed. In a file it has no text around it that could say so."""
     if _single(groups):
         place = {"xref": "paper", "yref": "paper", "x": 1, "y": 1, "xanchor": "right", "yanchor": "bottom"}
         figure.add_annotation(text="one seed: no interval over seeds", showarrow=False, **place)

@@ -71,19 +71,25 @@ class Federation:
         return table
 
 
-def build(config: Config, store: ClientStore, on_step: OnStep = lambda client, step, loss: None) -> Federation:
+def build(
+    config: Config,
+    store: ClientStore,
+    on_step: OnStep = lambda client, step, loss: None,
+    method: Method | None = None,
+) -> Federation:
     """The federation that a configuration describes.
 
     Args:
         config: The configuration.
         store: Where the clients' tensors are kept.
         on_step: Called after every local step.
+        method: A method that takes the place of the one that the configuration names.
 
     Raises:
         FedtriError: In one line, on data, a model or settings that cannot be used.
     """
     pool, splits = deal(config)
-    spec = spec_of(config, list(splits), pool.label_names)
+    spec = spec_of(config, list(splits), pool.label_names, method=method)
     machine = Machine.of(config)
     opened = open_model(spec, machine)
     classes = _own_classes(pool, splits) if spec.own_classes else {}

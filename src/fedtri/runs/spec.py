@@ -104,7 +104,13 @@ class Spec:
         return sum(numbers.size(math.prod(shapes[key])) for key in self.layout.keys(self.method.plan(0).up))
 
 
-def spec_of(config: Config, clients: Sequence[str], labels: Sequence[str], plain: nn.Module | None = None) -> Spec:
+def spec_of(
+    config: Config,
+    clients: Sequence[str],
+    labels: Sequence[str],
+    plain: nn.Module | None = None,
+    method: Method | None = None,
+) -> Spec:
     """The Spec of a configuration.
 
     Args:
@@ -112,11 +118,12 @@ def spec_of(config: Config, clients: Sequence[str], labels: Sequence[str], plain
         clients: The clients' names: on a network those of [network], in simulation those of the partition.
         labels: The names of the classes in the order of their ids, from the same place.
         plain: The model's `skeleton`, where it is at hand.
+        method: A method that takes the place of the one that the configuration names.
 
     Raises:
         FedtriError: In one line, for any two settings that do not go together, and for a model without a configuration.
     """
-    method, recipe = method_of(config), task_of(config)
+    method, recipe = method_of(config, method), task_of(config)
     names = sorted(clients)
     ranks = client_ranks(config.rank, names, config.seed)
     how, patience = optimization_of(config), config.early_stopping.patience
@@ -166,15 +173,23 @@ def columns_of(config: Config) -> dict[str, str]:
     return {role: name for role, name in config.columns.model_dump().items() if name is not None}
 
 
-def method_of(config: Config) -> Method:
-    """The method with its options, head, kind of adapter and server optimiser. Raises FedtriError in one line."""
+def method_of(config: Config, instead: Method | None = None) -> Method:
+    """The method with its options, head, kind of adapter and server optimiser.
+
+    Args:
+        config: The configuration.
+        instead: A method that takes the place of the one that the configuration names.
+
+    Raises:
+        FedtriError: In one line, for whatever does not go together.
+    """
     server, step = config.server, None
     if server.optimizer != "none":
         betas = (server.betas[0], server.betas[1])
         step = server_optimizers.optimizer(server.optimizer, learning_rate=server.learning_rate, betas=betas)
-    method = methods.build(
-        config.method, config.method_options, head=config.head, adapter=config.adapter, optimizer=step
-    )
+    if instead is None:
+        instead = methods.make(config.method, config.method_options)
+    method = methods.as_run(instead, head=config.head, adapter=config.adapter, optimizer=step)
     if not isinstance(config.rank, int) and not method.adapter.mixed_ranks:
         raise FedtriError(
             f"rank: {method.name} needs one rank for all clients, got {config.rank!r}; give one number, or choose of "
@@ -227,7 +242,9 @@ def skeleton(model: str, recipe: Recipe, labels: int | None = None) -> nn.Module
         shape = AutoConfig.from_pretrained(str(path) if path.is_file() else locate(model))
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
-        raise FedtriError(f"model: {model} has no configuration that can be read: {reason}; expected a folder or hub name") from None
+        raise FedtriError(
+            f"model: {model} has no configuration that can be read: {reason}; expected a folder or hub name"
+        ) from None
     if labels is not None:
         shape.num_labels = labels
     with torch.device("meta"):
