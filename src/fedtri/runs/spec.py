@@ -227,7 +227,9 @@ def skeleton(model: str, recipe: Recipe, labels: int | None = None) -> nn.Module
         shape = AutoConfig.from_pretrained(str(path) if path.is_file() else locate(model))
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
-        raise FedtriError(f"model: {model} has no configuration that can be read: {reason}; expected a folder or hub name") from None
+        raise FedtriError(
+            f"model: {model} has no configuration that can be read: {reason}; expected a folder or hub name"
+        ) from None
     if labels is not None:
         shape.num_labels = labels
     with torch.device("meta"):
