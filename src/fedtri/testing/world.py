@@ -1,4 +1,4 @@
-"""A tiny world to hold a method to its laws: a model with random weights, 72 sentences on three topics, four clients."""
+"""A tiny world to hold a method to its laws: a model with random weights, 72 sentences on 3 topics, four clients."""
 
 import json
 import random
