@@ -61,19 +61,19 @@ def prepare(work: Work) -> list[int]:
     import safetensors.torch
 
     from fedtri.adapters.layout import key_name
-    from fedtri.execution.train import Work as Share
-    from fedtri.execution.train import minibatches
+    from fedtri.execution.executor import minibatches
     from fedtri.runs.simulation import build
     from fedtri.seeds import derive
     from fedtri.storage.client_store import ClientStore
 
     built = build(config_of(work), ClientStore(Path(work.folder) / "prepared"))
     site, clients = built.site, built.transport.clients()
-    examples: Any = site.examples
+    executor: Any = site.executor
+    examples = executor.examples
 
     def batches(client: str, round: int) -> list[np.ndarray]:
-        share = Share(0, site.splits[client].train, derive(site.seed, "batches", round, client))
-        return list(minibatches(share, site.optimization))
+        seed = derive(site.seed, "batches", round, client)
+        return list(minibatches(site.splits[client].train, site.optimization, seed))
 
     rounds = [[batches(client, round) for client in clients] for round in range(ROUNDS)]
     used = np.unique(np.concatenate([rows for clients_ in rounds for steps in clients_ for rows in steps]))
@@ -84,9 +84,9 @@ def prepare(work: Work) -> list[int]:
         ends=np.cumsum([0, *map(len, tokens)]),
     )  # fmt: skip
     order = [[[[place[int(row)] for row in rows] for rows in steps] for steps in clients_] for clients_ in rounds]
-    layers = [layer.name for layer in site.cohort.layout.layers]
+    layers = [layer.name for layer in built.spec.layout.layers]
     sizes = [len(site.splits[c].train) for c in clients]
-    about = {"order": order, "layers": layers, "sizes": sizes, "pad": examples.pad, "classes": len(built.label_names)}
+    about = {"order": order, "layers": layers, "sizes": sizes, "pad": examples.pad, "classes": len(built.spec.labels)}
     (Path(work.folder) / "work.json").write_text(json.dumps(about))
     start = {key_name(key): value for key, value in site.initial(clients[0]).items() if key.factor in "ABH"}
     safetensors.torch.save_file(

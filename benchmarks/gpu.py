@@ -23,7 +23,7 @@ PRECISIONS = {
 }
 
 
-def seconds_of(work: Work, repeats: int, cohort: int, budget: int, device: str, precision: str) -> tuple[float, int]:
+def seconds_of(work: Work, repeats: int, group: int, budget: int, device: str, precision: str) -> tuple[float, int]:
     """(median seconds of a round, peak bytes that PyTorch took on the GPU), after a round to warm up."""
     import torch
 
@@ -32,7 +32,7 @@ def seconds_of(work: Work, repeats: int, cohort: int, budget: int, device: str, 
         torch.cuda.reset_peak_memory_stats()
     rounds = fedtri_rounds(
         work, device=device, model_options=PRECISIONS[precision],
-        simulation={"group": cohort, "token_budget": budget},
+        simulation={"group": group, "token_budget": budget},
     )  # fmt: skip
     found = []
     for _ in range(repeats + 1):
@@ -65,10 +65,10 @@ def main() -> None:
     print("| precision | one client at a time, s | all in one launch, s | × | peak GPU memory |\n|---|---|---|---|---|")
     for precision in PRECISIONS:
         found = []
-        for cohort in (1, work.clients):
+        for group in (1, work.clients):
             with tempfile.TemporaryDirectory() as folder:
                 here = replace(work, folder=str(Path(folder)))
-                found.append(seconds_of(here, options.repeats, cohort, options.token_budget, options.device, precision))
+                found.append(seconds_of(here, options.repeats, group, options.token_budget, options.device, precision))
         (alone, _), (together, bytes) = found
         print(
             f"| {precision} | {alone:.2f} | {together:.2f} | {alone / together:.2f} | {bytes / 2**20:,.0f} MiB |",

@@ -19,11 +19,11 @@ from flwr.supercore.task_identity import TaskIdentity
 from transformers import AutoModelForSequenceClassification
 
 from fedtri.adapters.layout import Factors
-from fedtri.communication import codec
 from fedtri.communication.flower_calls import BODY, PREFIX, Called
-from fedtri.communication.sealed import Terms
+from fedtri.communication.numbers import payload_bytes
 from fedtri.deploy import site
-from fedtri.deploy.terms import fingerprint
+from fedtri.messages import Request
+from fedtri.metrics import Phase
 from fedtri.models.loading import locate
 
 CLIENT, RUN = "site1", bytes(8)
@@ -52,16 +52,15 @@ def ce_lora(folder: Path) -> tuple[int, int, int]:
     path.write_text(tomli_w.dumps(config))
     node = {"client": CLIENT, "data": str(folder / "data.csv"), "state": str(folder / "state"), "device": "cpu"}
     office = site.Office()
-    opened = office.open(path, Called(RUN, CLIENT, b"", 60), node, {})
-    layout = opened.site.cohort.layout
-    terms = Terms(layout, "float32", 1e4, fingerprint(opened.config), RUN)
+    opened = office.open(path, Called(RUN, CLIENT, b"", 60.0), node, {})
+    codec = opened.spec.codec.for_run(RUN)
 
-    def asked(phase: codec.Phase, round: int, down: Factors) -> tuple[int, int, Factors]:
-        data = terms.encode(codec.Message(phase, round, down), CLIENT)
-        reply = site.respond(opened, Called(RUN, CLIENT, data, 60))
-        said = terms.decode(reply, CLIENT, 8, frozenset("C"))
+    def asked(phase: Phase, round: int, down: Factors) -> tuple[int, int, Factors]:
+        request = Request(phase, round, CLIENT, down)
+        data = codec.write_request(request)
+        reply = site.respond(opened, Called(RUN, CLIENT, data, 60.0))
         sent = PREFIX.pack(RUN, len(CLIENT)) + CLIENT.encode() + data
-        return buffer(reply), buffer(sent), said.factors
+        return buffer(reply), buffer(sent), codec.read_reply(reply, request).up
 
     cores: Factors = {}
     up = down = 0
@@ -69,7 +68,7 @@ def ce_lora(folder: Path) -> tuple[int, int, int]:
         trained_up, trained_down, cores = asked("train", round, {})
         scored_up, scored_down, _ = asked("evaluate", round + 1, cores)
         up, down = trained_up + scored_up, trained_down + scored_down
-    return codec.payload_bytes(cores), up, down
+    return payload_bytes(cores), up, down
 
 
 def flower_peft() -> tuple[int, int, int]:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import machine
@@ -36,15 +37,15 @@ def first_step(work: Work) -> float:
 def start(arguments: list[str]) -> None:
     """`fedtri run` as far as its first step, and the time then."""
     from fedtri.cli import main
-    from fedtri.execution import train
+    from fedtri.runs import lifecycle
 
-    whole = train.train
+    whole = lifecycle.run
 
     def say(*_: object) -> None:
         print(time.time(), flush=True)
         os._exit(0)
 
-    train.train = lambda *args, on_step, **more: whole(*args, on_step=say, **more)
+    lifecycle.run = lambda config, listener: whole(config, replace(listener, on_step=say))
     sys.argv = ["fedtri", "run", *arguments]
     main.main()
 

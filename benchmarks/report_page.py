@@ -18,8 +18,8 @@ import machine
 from playwright.sync_api import Browser, sync_playwright
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from fedtri.report import files, page, reading
-from report import synthetic
+from fedtri.report import page, reading
+from report import browsers, synthetic
 
 METHODS = ("local", "fedit", "flora_na", "ce_lora")
 
@@ -57,13 +57,15 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="4 runs of 8 clients and 10 rounds")
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
+    if (program := browsers.program()) is None:
+        raise SystemExit(browsers.ABSENT)
     size = {"seeds": 1, "clients": 8, "rounds": 10} if options.quick else {"seeds": 5, "clients": 50, "rounds": 100}
     print(f"{machine.describe()}; {machine.versions('plotly')}\n")
     print(f"{size['clients']} clients, {size['rounds']} rounds, median of {options.repeats}\n")
     print("| page | MB | opens, s | first figure, s |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as started:
         sandbox = ["--no-sandbox"] if os.geteuid() == 0 else []
-        browser = started.chromium.launch(executable_path=files.browser(), args=sandbox)
+        browser = started.chromium.launch(executable_path=program, args=sandbox)
         for name, path in pages(Path(folder), **size).items():
             times = [opening(browser, path) for _ in range(options.repeats)]
             opens, draws = (statistics.median(column) for column in zip(*times, strict=True))

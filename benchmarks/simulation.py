@@ -14,12 +14,16 @@ done. Core seconds are those in which a core worked for the contender: on a mach
 than the clock. "bfloat16" has products alone in it: fedtri's mixed precision, and torch.autocast around PEFT's forward
 pass.
 
+`--before CHECKOUT` lets the fedtri of another checkout take part, as a contender of its own: whether a change made a
+round slower is then one run's question. Its checkout needs benchmarks/contenders.py, and the same installed packages.
+
 A second competition has adapters on the last layers alone and so few texts that each has been met before: fedtri begins
 with the hidden states it has kept. Its ratios are to the work with adapters on all layers.
 """
 
 import argparse
 import contextlib
+import importlib
 import multiprocessing as mp
 import os
 import statistics
@@ -47,6 +51,7 @@ PACKAGES = ("torch", "transformers", "peft", "flwr", "ray", "numpy")
 
 
 FEDTRI, FLOWER, PEFT = "fedtri", "Flower + PEFT", "PEFT in a loop"
+BEFORE = "fedtri before"
 
 
 @dataclass
@@ -67,11 +72,13 @@ class Contender:
     first: float = 0.0
     """Seconds from its start to the end of its first round."""
     bytes: int = 0
+    checkout: Path | None = None
+    """Another checkout's fedtri; None: the one that is installed."""
 
     def start(self) -> None:
         """Start the process; it waits for its first turn."""
         self.pipe, theirs = mp.Pipe()
-        self.process = mp.get_context("spawn").Process(target=serve, args=(self.kind, self.work, theirs))
+        self.process = mp.get_context("spawn").Process(target=serve, args=(self.kind, self.work, theirs, self.checkout))
         self.process.start()
 
     def turn(self) -> None:
@@ -105,7 +112,7 @@ class Contender:
         self.process.kill()
 
 
-def serve(kind: str, work: Work, pipe: Connection) -> None:
+def serve(kind: str, work: Work, pipe: Connection, checkout: Path | None = None) -> None:
     """A contender's own process: a round whenever it is told to."""
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # as fedtri's command line does; kind to all three
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))  # for Ray's actors
@@ -123,14 +130,26 @@ def serve(kind: str, work: Work, pipe: Connection) -> None:
     if kind == FLOWER:
         contenders.flower_rounds(work, say, wait)
         return
-    rounds: Iterator[float] = (contenders.peft_rounds if kind == PEFT else contenders.fedtri_rounds)(work)
+    module = contenders
+    if checkout is not None:
+        sys.path[:0] = [str(checkout / "src"), str(checkout / "benchmarks")]
+        del sys.modules["contenders"]
+        module = importlib.import_module("contenders")
+        Path(work.folder, "before").mkdir(exist_ok=True)
+        work = replace(work, folder=str(Path(work.folder, "before")))
+    rounds: Iterator[float] = (module.peft_rounds if kind == PEFT else module.fedtri_rounds)(work)
     while wait():
         say(next(rounds))
 
 
 def in_bfloat16(one: Contender) -> Contender:
     """The same work with products in bfloat16."""
-    return Contender(f"{one.name}, bfloat16", one.kind, replace(one.work, mixed=True))
+    return Contender(f"{one.name}, bfloat16", one.kind, replace(one.work, mixed=True), checkout=one.checkout)
+
+
+def before(checkout: Path | None, name: str, work: Work) -> list[Contender]:
+    """The contender from another checkout, where there is one."""
+    return [] if checkout is None else [Contender(name, BEFORE, work, checkout=checkout.absolute())]
 
 
 @dataclass(frozen=True)
@@ -188,7 +207,8 @@ def same_work(crew: Sequence[Contender]) -> None:
 def rows(found: Found, flop: float) -> list[str]:
     """The table's lines in Markdown; ratios are medians of paired rounds."""
     crew, tokens = found.crew, statistics.mean(found.tokens)
-    base = next((one for one in crew if one.kind == FLOWER), next(one for one in crew[::-1] if not one.work.mixed))
+    plain = [one for one in crew if not one.work.mixed]
+    base = next((one for one in plain if one.kind in (FLOWER, BEFORE)), plain[-1])
     lines = [
         f"| | s a round | (fastest, slowest) | real tokens/s | × {base.name} | of the limit | after others | × "
         "| core seconds | × | of the limit | peak memory |",
@@ -257,6 +277,7 @@ def main() -> None:
     parser.add_argument("--without", action="append", default=[], choices=[FLOWER, PEFT], help="leave a contender out")
     parser.add_argument("--last", type=int, default=2, help="adapters on so many last layers in the second competition")
     parser.add_argument("--only", choices=["all", "last"], help="one of the two competitions")
+    parser.add_argument("--before", type=Path, help="another checkout, whose fedtri takes part too")
     parser.add_argument("--out", type=Path, help="also write the result to this file")
     options = parser.parse_args()
     if FLOWER not in options.without and find_spec("ray") is None:
@@ -279,17 +300,19 @@ def main() -> None:
         kinds = [kind for kind in (FEDTRI, FLOWER, PEFT) if kind not in options.without]
         above = f"last {options.last} layers"
         if options.only != "last":
-            crew = [Contender(kind, kind, work) for kind in kinds]
+            crew = [Contender(kind, kind, work) for kind in kinds] + before(options.before, BEFORE, work)
             crew += [
-                in_bfloat16(one) for one in crew if one.kind == FEDTRI or (one.kind == FLOWER and not options.quick)
-            ]
+                in_bfloat16(one) for one in crew
+                if one.kind in (FEDTRI, BEFORE) or (one.kind == FLOWER and not options.quick)
+            ]  # fmt: skip
             lines += competition("Adapters on all layers", crew, options.turns)
         if options.only != "all":
             if options.quick:
                 kinds = [kind for kind in kinds if kind != FLOWER]
             crew = [Contender(f"{kind}, all layers", kind, few) for kind in kinds if kind == FLOWER]
             crew += [Contender(f"{kind}, {above}", kind, last) for kind in kinds]
-            crew += [in_bfloat16(one) for one in crew if one.kind == FEDTRI]
+            crew += before(options.before, f"{BEFORE}, {above}", last)
+            crew += [in_bfloat16(one) for one in crew if one.kind in (FEDTRI, BEFORE)]
             lines += competition(f"Adapters on the {above}, all texts met before", crew, options.turns)
     print("\n".join(lines))
     if options.out:

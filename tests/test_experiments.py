@@ -1,7 +1,5 @@
 """What experiments/ and scripts/ promise: configurations that are valid, and small checkpoints that they run with."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,8 +7,9 @@ from transformers import AutoProcessor, CLIPModel
 from typer.testing import CliRunner
 
 from fedtri import config, tasks
-from fedtri.cli.main import app
+from fedtri.cli.main import application
 from fedtri.runs import lifecycle
+from processes import script
 
 ROOT = Path(__file__).parents[1]
 EXPERIMENTS = sorted((ROOT / "experiments").glob("*.toml"))
@@ -26,11 +25,12 @@ def test_every_experiment_is_a_configuration_of_its_task(path):
 def tiny_clip(tmp_path_factory) -> Path:
     """The script's checkpoint after two steps."""
     out = tmp_path_factory.mktemp("tiny") / "tiny"
-    script = [sys.executable, str(ROOT / "scripts" / "tiny_checkpoint.py"), "clip-digits", str(out), "--steps", "2"]
-    subprocess.run(script, check=True, capture_output=True)
-    again = subprocess.run(script, check=False, capture_output=True, text=True)
-    assert again.returncode == 2
-    assert "exists already" in again.stderr
+    for code, said in ((0, "wrote"), (2, "exists already")):
+        child = script(
+            out.parent / "said", ROOT / "scripts" / "tiny_checkpoint.py", "clip-digits", str(out), "--steps=2"
+        )
+        assert child.wait() == code
+        assert said in child.output.read_text() + child.errors.read_text()
     return out
 
 
@@ -53,7 +53,8 @@ def test_start_scores_the_checkpoint_itself(tiny_clip):
     found = lifecycle.starting(config.load(path, settings))
     assert len(found) == 3
     assert all(set(scores) == {"loss", "accuracy"} for scores in found.values())
-    said = CliRunner().invoke(app, ["start", str(path), *(part for text in settings for part in ("--set", text))])
+    options = [part for text in settings for part in ("--set", text)]
+    said = CliRunner().invoke(application(), ["start", str(path), *options])
     assert said.exit_code == 0
     mean = sum(scores["loss"] for scores in found.values()) / 3
     assert f"{mean:.4f}" in said.output

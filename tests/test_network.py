@@ -4,21 +4,21 @@ import os
 import shutil
 import signal
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import network
-from fedtri.communication.in_process import LocalTransport
 from fedtri.deploy import certificates
 from fedtri.deploy.door import fingerprint
-from fedtri.messages import Answer, Failure, Request
+from fedtri.federation import loop
+from fedtri.messages import Answer, Failure, Request, Transport
 from fedtri.runs import simulation
 from fedtri.storage.client_store import ClientStore
 from network import CLIENTS, Network, wait_for
-from tiny import assert_same, clients_tensors, rounds
+from tiny import assert_same, classifier, clients_tensors, rounds, tokenizer
 
 pytestmark = [pytest.mark.network, pytest.mark.xdist_group("network"), pytest.mark.timeout(400)]
 
@@ -52,12 +52,19 @@ def assert_as_local(net: Network, out: Path, config, tmp_path: Path) -> None:
     assert_same(net.kept(out), clients_tensors(built))
 
 
-@pytest.mark.parametrize("method", ["ce_lora", "fedit"])
-def test_three_rounds_end_bit_for_bit_as_in_one_process(net, method, tmp_path):
-    config = net.configuration(tmp_path / "run", method=method)
+def test_a_run_ends_bit_for_bit_as_in_one_process(net, lab, tmp_path):
+    """Cores of two of three layers, mixed by sketches, rounded to int8 with residuals that stay at the sites.
+
+    Seen to fail with `layers` left out of what the server builds.
+    """
+    model = lab.folder / "three layers"
+    for part in (classifier("bert", num_hidden_layers=3), tokenizer()):
+        part.save_pretrained(model)
+    values = {"method": "ce_lora", "model": str(model), "layers": "last:2", "wire__dtype": "int8"}
+    config = net.configuration(tmp_path / "run", rounds=2, **values)
     out = net.run(config)
     lines = net.finished(out)
-    assert [line["clients"] for line in lines] == [CLIENTS] * 3
+    assert [line["clients"] for line in lines] == [CLIENTS] * config.rounds
     assert not any(line.get("failed") or line.get("refused") for line in lines)
     assert all(network.trained(line) == set(CLIENTS) for line in lines)
     assert_as_local(net, out, config, tmp_path)
@@ -69,7 +76,7 @@ def test_three_rounds_end_bit_for_bit_as_in_one_process(net, method, tmp_path):
 
 def test_a_server_killed_in_mid_round_ends_as_one_never_stopped(net, tmp_path):
     """kill -9 of the SuperLink with its app while a client trains; started again, it asks for that round again."""
-    config = net.configuration(tmp_path / "run", method="ce_lora")
+    config = net.configuration(tmp_path / "run", method="fedit", rounds=2)
     out, late = net.run(config), CLIENTS[1]
     wait_for(lambda: len(network.lines(out)) == 1, 90, lambda: net.log(net.server))
     seen = net.log(net.site(late)).count("Receiving: train")
@@ -80,23 +87,26 @@ def test_a_server_killed_in_mid_round_ends_as_one_never_stopped(net, tmp_path):
     assert len(network.lines(out)) == 1
     net.start_server()
     net.run(config)
-    assert [line["round"] for line in net.finished(out)] == [1, 2, 3]
+    assert [line["round"] for line in net.finished(out)] == [1, 2]
     assert_as_local(net, out, config, tmp_path)
 
 
-class Missing(LocalTransport):
-    """The local transport, without the clients that a line of a real run says did not train."""
+@dataclass(frozen=True)
+class Missing:
+    """A transport without the clients that a line of a real run says did not train."""
 
-    def __init__(self, real: LocalTransport, lines: Sequence[Mapping[str, Any]]) -> None:
-        super().__init__(real.site, real.dtype)
-        self.lines = lines
+    real: Transport
+    lines: Sequence[Mapping[str, Any]]
 
-    def exchange(self, tasks: Sequence[Request]) -> list[Answer | Failure]:
-        there = {task.client for task in tasks}
-        if tasks[0].phase == "train":
-            there = network.trained(self.lines[tasks[0].round])
-        away = [Failure(task.client, "away") for task in tasks if task.client not in there]
-        return [*super().exchange([task for task in tasks if task.client in there]), *away]
+    def clients(self) -> list[str]:
+        return self.real.clients()
+
+    def exchange(self, requests: Sequence[Request]) -> list[Answer | Failure]:
+        there = {request.client for request in requests}
+        if requests[0].phase == "train":
+            there = network.trained(self.lines[requests[0].round])
+        away = [Failure(request.client, "away") for request in requests if request.client not in there]
+        return [*self.real.exchange([request for request in requests if request.client in there]), *away]
 
 
 def misled(net: Network, folder: Path, file: str, data: bytes) -> str:
@@ -115,7 +125,7 @@ def test_a_site_killed_and_one_that_hangs_miss_a_round_and_go_on_from_their_own_
     Meanwhile a node whose key is not registered and one whose server has another certificate are turned away.
     """
     hangs, killed = CLIENTS[1], CLIENTS[2]
-    config = net.configuration(tmp_path / "run", method="ce_lora", network={"minimum": 2, "deadline": 45.0}, rounds=5)
+    config = net.configuration(tmp_path / "run", method="ce_lora", network={"minimum": 2, "deadline": 45.0}, rounds=4)
     out = net.run(config)
     wait_for(lambda: len(network.lines(out)) == 1, 90, lambda: net.log(net.server))
     seen = net.log(net.site(killed)).count("Receiving: train")
@@ -144,5 +154,6 @@ def test_a_site_killed_and_one_that_hangs_miss_a_round_and_go_on_from_their_own_
     built = simulation.build(
         network.locally(config, network.together(net, tmp_path / "all.csv")), ClientStore(tmp_path / "local")
     )
-    list(rounds(replace(built, transport=Missing(built.transport, lines))))
+    missing = Missing(built.transport, lines)
+    list(loop.run(built.method, missing, built.spec.scales, built.spec.schedule))
     assert_same(net.kept(out), clients_tensors(built))

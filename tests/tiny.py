@@ -3,7 +3,7 @@
 import csv
 import json
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,10 +34,13 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 from fedtri import config
 from fedtri.adapters.factors import effective_update
 from fedtri.adapters.layout import Factors, Key
+from fedtri.adapters.model import load
 from fedtri.execution.executor import Scoring
 from fedtri.federation import loop
 from fedtri.methods import METHODS
 from fedtri.runs import simulation
+from fedtri.runs.opening import Machine, open_model
+from fedtri.runs.spec import spec_of
 from fedtri.storage.client_store import ClientStore
 
 LABELS = ("animals", "plants", "stones")
@@ -80,7 +83,7 @@ def classifier(kind: str, *, labels: int = 3, seed: int = 0, **more: Any) -> tor
     """A sequence classifier of this architecture: two layers, 16 wide, random weights large enough to matter."""
     special = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
     shape = AutoConfig.for_model(
-        kind, vocab_size=len(VOCABULARY), num_labels=labels, initializer_range=0.3, **special, **SIZES[kind], **more
+        kind, vocab_size=len(VOCABULARY), num_labels=labels, initializer_range=0.3, **special, **(SIZES[kind] | more)
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -355,6 +358,22 @@ def rounds(built: simulation.Federation, **changes: Any) -> Iterator[loop.Progre
     """The federation's rounds, without a run directory."""
     schedule = replace(built.spec.schedule, **changes)
     return loop.run(built.method, built.transport, built.spec.scales, schedule)
+
+
+def carry(built: simulation.Federation, client: str, factors: Factors | None = None) -> torch.nn.Module:
+    """A federation's model with this client's tensors in it: those it holds, or others."""
+    site = built.site
+    own = site.model(client, site.kept(client) if factors is None else factors)
+    load(built.opened.adapted, own.factors, rank=own.rank, alpha=own.alpha, classes=own.classes)
+    return built.opened.adapted.model
+
+
+def opened_again(of: config.Config, factors: Factors, labels: Sequence[str]) -> tuple[torch.nn.Module, Any]:
+    """The model of a configuration with these tensors in it, and its processor."""
+    opened = open_model(spec_of(of, [f"client-{n:02}" for n in range(of.clients)], labels), Machine.of(of))
+    rank = next((value.shape[0] for key, value in factors.items() if key.factor == "A"), 1)
+    load(opened.adapted, factors, rank=rank, alpha=of.lora_alpha)
+    return opened.adapted.model, opened.processor
 
 
 def clients_tensors(built: simulation.Federation) -> dict[str, Factors]:

@@ -110,7 +110,8 @@ def test_cores_cost_their_numbers_and_little_else():
 
 
 def test_metrics_keep_six_digits():
-    data = framing.encode(framing.Message("train", 0, metrics={"loss": 0.123456789, "large": 1.5e30, "zero": 0.0}), LAYOUT)
+    said = framing.Message("train", 0, metrics={"loss": 0.123456789, "large": 1.5e30, "zero": 0.0})
+    data = framing.encode(said, LAYOUT)
     assert framing.decode(data, LAYOUT, SHAPES).metrics == {"loss": 0.123457, "large": 1.5e30, "zero": 0.0}
 
 

@@ -11,10 +11,9 @@ from flwr import serverapp
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
+from fedtri.communication.codec import Codec
 from fedtri.communication.flower_calls import BODY, FAILED, Called, SiteError, called
-from fedtri.communication.sealed import Terms
 from fedtri.deploy import site
-from fedtri.deploy.terms import fingerprint
 from tiny import LABELS, Lab, save_data
 
 CLIENTS = ["a", "b", "c", "d"]
@@ -27,10 +26,9 @@ def honest(call: Called, opened: site.Opened, record: Record) -> list[Record | E
     return [record]
 
 
-def terms(opened: site.Opened, call: Called) -> Terms:
-    """What a client's buffers of this run are sealed with."""
-    config = opened.config
-    return Terms(opened.site.cohort.layout, config.wire.dtype, config.wire.norm_bound, fingerprint(config), call.run)
+def codec_of(opened: site.Opened, call: Called) -> Codec:
+    """How a client's messages of this run become bytes."""
+    return opened.spec.codec.for_run(call.run)
 
 
 @dataclass

@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from deploy.grid import CLIENTS, Grid, Record, Sites, terms
+from deploy.grid import CLIENTS, Grid, Record, Sites, codec_of
 from fedtri.adapters.layout import Factors, Key
-from fedtri.communication import codec
+from fedtri.communication import framing
 from fedtri.communication.flower_calls import BODY, FAILED, Called
 from fedtri.deploy import coordinator, site
 from fedtri.errors import FedtriError
+from fedtri.messages import Request
 
 BAD = "b"
 NUMBERS = struct.calcsize("<2sBBBI8sIII")
@@ -31,12 +32,16 @@ def sent_again(change: Callable[[Factors, site.Opened], Factors]) -> Callable:
     """A client that seals other factors as its own."""
 
     def answer(call: Called, opened: site.Opened, record: Record) -> list[Record]:
-        own = terms(opened, call)
-        shapes = own.layout.shapes(opened.config.rank)
-        said = codec.decode(record[BODY], own.layout, shapes, own.seal(BAD))
-        return [{BODY: own.encode(replace(said, factors=change(said.factors, opened)), BAD)}]
+        codec, request = codec_of(opened, call), Request("train", round_of(call), BAD, {})
+        said = codec.read_reply(record[BODY], request)
+        changed = replace(said, up=change(said.up, opened))
+        return [{BODY: codec.write_reply(changed, "train", opened.site.store)}]
 
     return answer
+
+
+def round_of(call: Called) -> int:
+    return framing.phase_and_round(call.data)[1]
 
 
 def altered(change: Callable[[bytes], bytes]) -> Callable:
@@ -53,7 +58,7 @@ def cut(factors: Factors, _: site.Opened) -> Factors:
 
 
 def other_method(factors: Factors, opened: site.Opened) -> Factors:
-    return {Key(layer.name, "C"): torch.eye(3) for layer in opened.site.cohort.layout.layers}
+    return {Key(layer.name, "C"): torch.eye(3) for layer in opened.spec.layout.layers}
 
 
 class Replayed:
@@ -100,7 +105,7 @@ def misled(lab, tmp_path_factory) -> tuple[Path, Grid]:
     replayed = Replayed()
 
     def scripted(call: Called, opened: site.Opened, record: Record) -> list:
-        if struct.unpack_from("<B", call.data, 3)[0] == codec.PHASES.index("evaluate"):
+        if framing.phase_and_round(call.data)[0] == "evaluate":
             return [record]
         if (script := next(scripts, replayed)) is None:
             replayed(call, opened, record)
@@ -168,9 +173,9 @@ def test_clients_join_and_leave_between_rounds(lab, tmp_path):
     grid, received = Grid(sites, offline={"d"}), {}
 
     def noting(call: Called, opened: site.Opened, record: Record) -> list[Record]:
-        said = terms(opened, call).decode(call.data, call.client, opened.config.rank, frozenset("C"))
+        said = codec_of(opened, call).read_request(call.data, call.client)
         if said.phase == "train":
-            received[call.client, said.round] = said.factors
+            received[call.client, said.round] = said.down
             grid.offline = [{"d"}, set(), {"b"}][min(said.round + 1, 2)]
         return [record]
 
@@ -194,7 +199,7 @@ def test_a_client_that_failed_is_asked_again(lab, tmp_path):
         return [{FAILED: "at work on train"} if len(tries) == 1 else record]
 
     grid.scripts = {BAD: once}
-    coordinator.lead(sites.configure(method="fedit", rounds=1, network={"deadline": 5.0}), grid, {})
+    coordinator.lead(sites.configure(method="fedit", rounds=1, network={"deadline": 60.0}), grid, {})
     (line,) = lines(tmp_path)
     assert line["retries"] == {BAD: 1}
     assert "failed" not in line
@@ -226,3 +231,25 @@ def test_a_method_that_needs_everyones_data_in_one_place_is_refused(lab, tmp_pat
     sites = Sites(tmp_path, lab)
     with pytest.raises(FedtriError, match="centralized trains on everyone's data in one place"):
         coordinator.lead(sites.configure(method="centralized"), Grid(sites), {})
+
+
+def test_the_last_layers_alone_and_early_stopping_are_for_both_ends(lab, tmp_path):
+    """Seen to fail with `layers` left out of the server's layout: every reply was of another model."""
+    sites = Sites(tmp_path, lab)
+    path = sites.configure(
+        method="fedit", layers="last:1", early_stopping={"patience": 1}, rounds=2, evaluate=True,
+        wire={"dtype": "int8"}, network={"deadline": 60.0},
+    )  # fmt: skip
+    coordinator.lead(path, Grid(sites), {})
+    found = lines(tmp_path)
+    assert not any(line.get("failed") or line.get("refused") for line in found)
+    assert all(line["validation_loss"] > 0 for line in found)
+
+
+def test_a_site_without_validation_examples_says_so_where_early_stopping_needs_them(lab, tmp_path, caplog):
+    sites = Sites(tmp_path, lab)
+    few = {"train": 0.79, "validation": 0.01, "test": 0.2}
+    path = sites.configure(method="fedit", early_stopping={"patience": 1}, split=few, network={"attempts": 1})
+    with pytest.raises(FedtriError, match=r"a: failed while reading its data; the reason is in the site's own log"):
+        coordinator.lead(path, Grid(sites), {})
+    assert "early_stopping.patience: needs validation examples" in caplog.text

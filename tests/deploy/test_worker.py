@@ -1,4 +1,4 @@
-"""What the process that keeps a site's model owes its callers. Its site is a stand-in that loads nothing (office.py)."""
+"""What the process that keeps a site's model owes its callers. Its site is a stand-in that loads nothing."""
 
 import json
 import os
@@ -70,7 +70,7 @@ def test_a_worker_that_is_not_called_ends_and_the_next_call_starts_another(state
 
 
 def test_a_site_that_refuses_says_its_stage_and_the_worker_stays(state):
-    with pytest.raises(SiteError, match="^reading its data$"):
+    with pytest.raises(SiteError, match=r"^reading its data$"):
         ask(state, "refuses")
     first = process(state)
     assert ask(state) == b"cba"
@@ -89,7 +89,7 @@ def test_a_worker_that_trains_beyond_the_deadline_is_killed(state):
     """Seen to fail (it waits a minute) without the limit on `poll`."""
     ask(state)
     began, number = time.monotonic(), process(state)
-    with pytest.raises(SiteError, match="^at work longer than the deadline$"):
+    with pytest.raises(SiteError, match=r"^at work longer than the deadline$"):
         ask(state, "trains", seconds=0.5)
     assert time.monotonic() - began < 10
     until = time.monotonic() + 10
@@ -108,7 +108,7 @@ def test_a_worker_that_loads_beyond_the_deadline_is_left_to_it_and_does_not_work
     number = process(state)
     for data in (b"abc", LARGE):
         began = time.monotonic()
-        with pytest.raises(SiteError, match="^loading its model longer than the deadline$"):
+        with pytest.raises(SiteError, match=r"^loading its model longer than the deadline$"):
             ask(state, "loads", data, seconds=0.3)
         assert time.monotonic() - began < 0.9
     assert ask(state, "loads") == b"cba"
@@ -119,12 +119,12 @@ def test_a_worker_that_loads_beyond_the_deadline_is_left_to_it_and_does_not_work
 def test_a_worker_that_hangs_before_it_reads_is_killed_at_the_deadline(state):
     ask(state)
     os.kill(process(state), signal.SIGSTOP)
-    with pytest.raises(SiteError, match="^at work longer than the deadline$"):
+    with pytest.raises(SiteError, match=r"^at work longer than the deadline$"):
         ask(state, data=LARGE, seconds=0.3)
     assert ask(state) == b"cba"
 
 
 def test_a_worker_that_cannot_start_is_a_stage(state, monkeypatch):
     monkeypatch.setattr(worker, "COMMAND", (sys.executable, "-c", "raise SystemExit(1)"))
-    with pytest.raises(SiteError, match="^starting its worker process$"):
+    with pytest.raises(SiteError, match=r"^starting its worker process$"):
         ask(state)

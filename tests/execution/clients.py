@@ -26,6 +26,7 @@ from fedtri.tasks.text_classification import TextClassification, TextExamples
 from fedtri.tasks.token_classification import TaggedTexts, TokenClassification
 from tiny import SIZES, VOCABULARY, tokenizer
 
+DECODERS = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gpt2", "gpt_neox")
 ENCODERS = ("bert", "roberta", "xlm-roberta", "electra", "mpnet", "distilbert")
 AUTO = {
     "classify": AutoModelForSequenceClassification,
@@ -47,10 +48,10 @@ def model(kind: str, task: str = "classify", seed: int = 0, **more: Any) -> nn.M
 
 
 def adapted(
-    kind: str, task: str = "classify", *, targets: str = "auto", layers: str = "all", model_options: Mapping = {}, **how
+    name: str, task: str = "classify", *, targets: str = "auto", layers: str = "all", model_options: Mapping = {}, **how
 ) -> AdaptedModel:
     """The same with adapters: of rank up to 4, on what "auto" adapts where nothing else is said."""
-    plain = model(kind, task, **model_options)
+    plain = model(name, task, **model_options)
     names = [] if "P" in how.get("extra", "") else loading.find_targets(plain, targets, layers)
     head = [] if task == "continue" else loading.head_layers(plain)
     return install(plain, targets=names, head=head, rank=4, **how)
@@ -124,9 +125,9 @@ def run(
     by: Executor, clients: list[ClientModel], how: Optimization = HOW, learns: frozenset[str] = EVERYTHING, **more: Any
 ) -> Found:
     """Train, score and take features of these clients, each with rows of its own."""
-    work = [Training(one, rows, 7 + n, **more) for n, (one, rows) in enumerate(zip(clients, ROWS))]
+    work = [Training(one, rows, 7 + n, **more) for n, (one, rows) in enumerate(zip(clients, ROWS, strict=False))]
     trained = by.train(work, learns, how)
-    scored = by.evaluate([Scoring(one, rows[::-1].copy()) for one, rows in zip(clients, ROWS)])
+    scored = by.evaluate([Scoring(one, rows[::-1].copy()) for one, rows in zip(clients, ROWS, strict=False)])
     return Found(
         {number: dict(one.factors) for number, one in enumerate(trained)},
         torch.tensor([one.loss for one in trained], dtype=torch.float64),

@@ -170,7 +170,7 @@ BAD = {
 
 
 @pytest.mark.parametrize(("broken", "why"), BAD.values(), ids=BAD.keys())
-def test_a_bad_reply_is_refused_and_the_others_round_goes_on(broken, why):
+def test_a_bad_reply_is_refused_by_name_and_good_ones_are_not(broken, why):
     """Each seen to fail with its own check taken out of `refuse`."""
     good = [reply("a", "ABH", 1), reply("c", "ABH", 3)]
     bad = broken(reply("b", "ABH", 2))

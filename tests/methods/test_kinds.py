@@ -1,23 +1,18 @@
 """DoRA and HiRA are their dense definitions, run under the methods they are defined for, and load in PEFT."""
 
-from functools import partial
-from typing import Any
-
 import pytest
 import torch
 from peft import PeftModel
 from torch import nn
 
 from fedtri.adapters.layer import AdaptedLinear, LayerFactors, adapt
-from fedtri.adapters.layout import Factors
-from fedtri.adapters.model import load
 from fedtri.errors import FedtriError
 from fedtri.methods import METHODS, build
 from fedtri.models import peft
 from fedtri.models.loading import Weights
 from fedtri.runs import simulation
-from fedtri.tasks.text_classification import load as load_model
-from tiny import clients_tensors, rounds
+from fedtri.tasks.text_classification import load
+from tiny import carry, rounds
 
 KINDS = ("dora", "hira")
 DEFINED = ("fedit", "ffa_lora", "fedsa_lora", "flexlora", "flora_na")
@@ -27,20 +22,19 @@ DEFINED = ("fedit", "ffa_lora", "fedsa_lora", "flexlora", "flora_na")
 def test_a_kind_is_its_dense_definition(kind):
     """With d_in ≠ d_out, a bias, and a core that is not the identity; gradients too."""
     torch.manual_seed(0)
-    base, draw = nn.Linear(5, 3).double(), partial(torch.randn, dtype=torch.float64)
+    base = nn.Linear(5, 3).double()
     layer = AdaptedLinear(base, "layer", kind)
-    B = draw(3, 2, requires_grad=True)
-    own = LayerFactors(draw(2, 5), draw(2, 2), B, 0.5, M=1 + draw(3).abs() if kind == "dora" else None)
-    x = draw(4, 5)
-    got = adapt(base(x), x, layer, own)
-    update = own.scale * B @ own.C @ own.A
+    A, C, B = (nn.Parameter(torch.randn(shape).double()) for shape in ((2, 5), (2, 2), (3, 2)))
+    M = torch.rand(3).double() + 1
+    x = torch.randn(4, 5).double()
+    got = adapt(base(x), x, layer, LayerFactors(A, C, B, 0.5, M=M if kind == "dora" else None))
+    update = 0.5 * B @ C @ A
     W = base.weight * (1 + update) if kind == "hira" else base.weight + update
     if kind == "dora":
-        assert own.M is not None
-        W = own.M[:, None] * W / W.norm(dim=1, keepdim=True).detach()
+        W = M[:, None] * W / W.norm(dim=1, keepdim=True).detach()
     expected = x @ W.mT + base.bias
     torch.testing.assert_close(got, expected, atol=1e-12, rtol=0)
-    one, other = (torch.autograd.grad(y.sum(), B, retain_graph=True)[0] for y in (got, expected))
+    one, other = (torch.autograd.grad(y.sum(), (A, C, B), retain_graph=True) for y in (got, expected))
     torch.testing.assert_close(one, other, atol=1e-10, rtol=0)
 
 
@@ -49,7 +43,8 @@ def test_a_kind_starts_as_the_base_model(lab, tmp_path, kind):
     logits = []
     for name in (kind, "lora"):
         built = lab.federation(tmp_path / name, method="fedit", adapter=name, double=True)
-        logits.append(_logits(built, built.site.initial(built.spec.clients[0])))
+        client = built.transport.clients()[0]
+        logits.append(_logits(built, carry(built, client, built.site.initial(client))))
     torch.testing.assert_close(*logits, atol=1e-6, rtol=0)
 
 
@@ -74,39 +69,43 @@ def test_exported_it_loads_in_peft_with_the_same_logits(lab, tmp_path, kind, mod
     targets = {"bert": "query,intermediate.dense", "gpt2": "c_attn"}[model]
     built = lab.federation(tmp_path, kind=model, method="fedit", adapter=kind, targets=targets)
     list(rounds(built))
-    factors, on = clients_tensors(built)["client-00"], built.opened.adapted
-    mine, folder = _logits(built, factors), str(lab.model(model))
-    peft.write_peft(tmp_path / "out", factors, on, alpha=6.0, base_model=folder, task_type="SEQ_CLS")
-    plain = load_model(str(lab.model(model)), built.spec.labels, Weights()).model
+    site, name = built.site, built.transport.clients()[0]
+    factors = site.store.load(name)
+    mine = _logits(built, carry(built, name))
+    peft.write_peft(
+        tmp_path / "out",
+        factors,
+        built.opened.adapted,
+        alpha=6.0,
+        base_model=str(lab.model(model)),
+        task_type="SEQ_CLS",
+    )
+    plain = load(str(lab.model(model)), built.spec.labels, Weights()).model
     loaded = PeftModel.from_pretrained(plain, str(tmp_path / "out")).eval()
-    torch.testing.assert_close(_by(built, loaded), mine, atol=1e-5, rtol=0)
-    merged = load_model(str(lab.model(model)), built.spec.labels, Weights()).model
-    peft.merge(merged, factors, on.layout, 2.0, kind)
-    torch.testing.assert_close(_by(built, merged.eval()), mine, atol=1e-5, rtol=0)
+    torch.testing.assert_close(_logits(built, loaded), mine, atol=1e-5, rtol=0)
+    merged = load(str(lab.model(model)), built.spec.labels, Weights()).model
+    peft.merge(merged, factors, built.spec.layout, 2.0, kind)
+    torch.testing.assert_close(_logits(built, merged.eval()), mine, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("method", ["flora", "fedex_lora", "full", "ravan"])
 def test_merging_is_what_the_client_computes(lab, tmp_path, method):
     built = lab.federation(tmp_path, method=method, rank=4)
     list(rounds(built))
-    factors, on = clients_tensors(built)["client-00"], built.opened.adapted
-    mine = _logits(built, factors)
-    merged = load_model(str(lab.model()), built.spec.labels, Weights()).model
-    peft.merge(merged, factors, on.layout, 1.5)
-    torch.testing.assert_close(_by(built, merged.eval()), mine, atol=1e-5, rtol=0)
+    site, name = built.site, built.transport.clients()[0]
+    factors = site.store.load(name)
+    mine = _logits(built, carry(built, name))
+    merged = load(str(lab.model()), built.spec.labels, Weights()).model
+    peft.merge(merged, factors, built.spec.layout, 1.5)
+    torch.testing.assert_close(_logits(built, merged.eval()), mine, atol=1e-5, rtol=0)
     if method != "ravan":
         with pytest.raises(FedtriError, match="--merge"):
-            peft.write_peft(tmp_path / "out", factors, on, alpha=6.0, base_model="x", task_type="SEQ_CLS")
+            peft.write_peft(
+                tmp_path / "out", factors, built.opened.adapted, alpha=6.0, base_model="x", task_type="SEQ_CLS"
+            )
 
 
-def _logits(built: simulation.Federation, factors: Factors) -> torch.Tensor:
-    """A client's logits with these tensors, as it computes them itself."""
-    own, site = built.opened.adapted, built.site
-    load(own, factors, rank=site.scales.ranks["client-00"], alpha=site.scales.alpha)
-    return _by(built, own.model)
-
-
-@torch.no_grad()
-def _by(built: simulation.Federation, model: nn.Module) -> torch.Tensor:
-    executor: Any = built.site.executor
-    return executor.task.logits(model, executor.examples.batch(built.site.splits["client-00"].test))
+def _logits(built: simulation.Federation, model: nn.Module) -> torch.Tensor:
+    batch = built.site.executor.examples.batch(built.site.splits[built.transport.clients()[0]].test)
+    with torch.no_grad():
+        return built.site.executor.task.logits(model, batch)

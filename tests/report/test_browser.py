@@ -9,10 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from fedtri.errors import FedtriError
-from fedtri.report import figures, files, page, reading
-from fedtri.report.files import BROWSERS
-from report import synthetic
+from fedtri.report import page, reading
+from report import browsers, synthetic
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
 AT_LOAD = """addEventListener("load", () => {
@@ -23,10 +21,8 @@ WIDTHS = {"phone": (390, 844), "desktop": (1280, 900)}
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator["playwright.Browser"]:
-    try:
-        program = files.browser()
-    except FedtriError:
-        pytest.skip(f"no browser found (looked for {', '.join(BROWSERS)}): apt-get install chromium")
+    if (program := browsers.program()) is None:
+        pytest.skip(browsers.ABSENT)
     with playwright.sync_playwright() as started:
         found = started.chromium.launch(executable_path=program, args=["--no-sandbox"] if os.geteuid() == 0 else [])
         yield found
@@ -208,21 +204,3 @@ def test_a_large_page_can_be_read_before_its_figures_are_drawn(opened, pages, la
     every = len(one.page.query_selector_all("figure"))
     assert len(one.page.query_selector_all("figure[data-drawn]")) < every
     assert one.draw_all() == every
-
-
-@pytest.mark.parametrize("kind", ["svg", "png"])
-def test_figures_as_files(browser, tmp_path, kind):
-    run = reading.load(synthetic.write(tmp_path / "run", "flora_na"))
-    drawn = dict(list(figures.of_run(run).items())[:3])
-    paths = files.write(drawn, tmp_path / "figures", kind)
-    assert sorted(p.stem for p in paths) == sorted(drawn)
-    start = b"<svg" if kind == "svg" else b"\x89PNG"
-    for path in paths:
-        assert path.read_bytes().startswith(start)
-        assert path.stat().st_size > 3000
-
-
-def test_without_a_browser_one_line_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(files, "BROWSERS", ("no-such-browser",))
-    with pytest.raises(FedtriError, match="apt-get install chromium"):
-        files.browser()

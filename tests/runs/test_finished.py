@@ -6,7 +6,7 @@ import re
 import pytest
 from typer.testing import CliRunner
 
-from fedtri.cli.main import app
+from fedtri.cli.main import application
 from fedtri.errors import FedtriError
 from fedtri.runs import finished, lifecycle, vllm
 from fedtri.storage import run_directory
@@ -33,7 +33,7 @@ def test_the_metrics_again_are_those_of_the_run(spoken):
 
 
 def test_the_command_prints_a_row_a_client(spoken):
-    shown = CliRunner().invoke(app, ["evaluate", str(spoken)])
+    shown = CliRunner().invoke(application(), ["evaluate", str(spoken)])
     assert shown.exit_code == 0, shown.output
     assert all(f"client-0{i}" in shown.output for i in range(2))
     assert "perplexity" in shown.output
@@ -74,7 +74,7 @@ def test_the_harness_asks_the_clients_own_model(spoken, harness_tasks, monkeypat
     """By the command line, on four examples of a task in the harness's own format."""
     arguments = ["evaluate", str(spoken), "--tasks", "topics", "--include", str(harness_tasks), "--limit", "4"]
     monkeypatch.setenv("COLUMNS", "200")
-    shown = CliRunner().invoke(app, arguments)
+    shown = CliRunner().invoke(application(), arguments)
     assert shown.exit_code == 0, shown.output
     assert "client-00" in shown.output
     value = re.search(r"topics\s+([\d.]+)", shown.output)
@@ -105,7 +105,7 @@ def test_the_harness_asks_language_models_alone(lab, tmp_path):
 
 def test_an_adapter_that_vllm_takes_comes_with_the_command_that_serves_it(spoken, tmp_path):
     arguments = ["export", str(spoken), "--client", "client-00", "--to", str(tmp_path / "a"), "--for", "vllm"]
-    shown = CliRunner().invoke(app, arguments)
+    shown = CliRunner().invoke(application(), arguments)
     assert shown.exit_code == 0, shown.output
     assert "--enable-lora --max-lora-rank 8 --lora-modules a=" in shown.output
 

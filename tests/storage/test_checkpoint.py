@@ -184,7 +184,7 @@ def full_state() -> ServerState:
     return ServerState(
         round=7, shared=own, personal={"a": double, "b/é": own}, sketches=said,
         deliveries=Deliveries(dict.fromkeys(keys, 6), {"a": 5}, {"a": 7, "b/é": 0}),
-        own={"moments": {"first": tensors[0], "a/é": {"deep": tensors[1].double()}}, "distance": torch.eye(2) * math.nan},
+        own={"moments": {"first": tensors[0], "a/é": {"deep": tensors[1].double()}}, "far": torch.eye(2) * math.nan},
         similarity=Similarity(("b/é", "a"), {"weights": torch.eye(2)}),
     )  # fmt: skip
 

@@ -84,7 +84,8 @@ def test_what_is_no_run_is_said_to_be_none(tmp_path):
         run_directory.require(tmp_path)
     with pytest.raises(FedtriError, match="there is no such folder"):
         run_directory.require(tmp_path / "no")
-    (tmp_path / "config.toml").touch()
+    run_directory.begin(tmp_path, "", method={}, clients=[], labels=[], device="cpu", seed=0, threads=1)
+    (tmp_path / "labels.json").unlink()
     with pytest.raises(FedtriError, match="the run is not finished; continue it with"):
         run_directory.read_summary(tmp_path)
     with pytest.raises(FedtriError, match=r"labels.json: cannot be read"):

@@ -19,7 +19,7 @@ def init(
     host: Annotated[str, typer.Option(help="The name or address under which sites reach the server.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="The server's port.", min=1, max=65535)] = 18000,
 ) -> None:
-    """Write certificates, keys, configurations, start scripts and examples of units for a new federation."""
+    """Write certificates, keys, configurations, start scripts and systemd units for a new federation."""
     from fedtri.deploy import folder as deployment
 
     server, *sites = deployment.write(folder, clients=listed(clients), labels=listed(labels), host=host, port=port)
@@ -34,7 +34,7 @@ def check(
     federation: Annotated[Path, typer.Option(help="The federation's configuration, as the server has it.")],
     server: Annotated[str, typer.Option(help="Where the server is: HOST:PORT.")],
 ) -> None:
-    """Say of settings, key, server, model and data whether they are in order; exit code 2 where one is not."""
+    """Check settings, key, server, model and data of a site; exit code 2 if one is not in order."""
     from fedtri.deploy import check as looking
 
     bad = 0

@@ -1,4 +1,4 @@
-"""What a run shows while it goes: a live bar on a terminal, plain lines elsewhere; and the tables of its results."""
+"""What a run shows while it goes on: a live bar on a terminal, plain lines elsewhere. And the tables of its results."""
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,14 +12,15 @@ from rich.table import Table
 
 from fedtri.config import Config
 from fedtri.metrics import Phase
+from fedtri.report.names import amount
 
 SHARES: dict[Phase, tuple[float, float]] = {"sketch": (0.0, 0.1), "train": (0.1, 0.8), "evaluate": (0.8, 1.0)}
-"""From where to where a phase takes the bar, as shares of a round."""
+"""The part of the bar that each phase fills, as shares of a round."""
 WORDS: dict[Phase, str] = {"sketch": "sketching", "train": "training", "evaluate": "evaluating"}
 
 
 class Display(Protocol):
-    """Hears of phases, steps and rounds."""
+    """Is told of phases, steps and rounds."""
 
     def phase(self, round: int, phase: Phase, clients: Sequence[str]) -> None:
         """A phase of a round (counted from 0) begins with these clients."""
@@ -123,12 +124,13 @@ class _Live:
 
 
 def results(summaries: Sequence[Mapping[str, Any]]) -> Table:
-    """One row a run: client accuracy, what guessing would score (the test loss, where no run predicts a class), bytes a
-    client sends and receives a round, seconds.
+    """One row per run: the clients' accuracy, the bytes that a client sends and receives in a round, and seconds.
+
+    Beside the accuracy stands what guessing the largest class scores; the test loss, where no run predicts a class.
     """
     yardstick = "guess" if any(summary["guess"] is not None for summary in summaries) else "loss"
     table = Table(
-        title="accuracy over clients on their own test examples; bytes a client and round",
+        title="accuracy over clients on their own test examples; bytes per client and round",
         title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True,
     )  # fmt: skip
     for heading in ("method", "rounds", "clients", "mean", "worst", "best", yardstick, "up", "down", "seconds"):
@@ -147,7 +149,7 @@ def results(summaries: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def clients(summary: Mapping[str, Any], most: int = 20) -> Table:
-    """One row a client: examples, what guessing its largest class scores, accuracy before and after aggregation."""
+    """One row per client: examples, what guessing its largest class scores, accuracy before and after aggregation."""
     among = list(summary["client_table"].items())
     rest = f" (the first {most} of {len(among)})" if len(among) > most else ""
     table = Table(
@@ -167,16 +169,6 @@ def clients(summary: Mapping[str, Any], most: int = 20) -> Table:
             *(f"{scores[client]:.3f}" if client in scores else "-" for scores in (local, after)),
         )  # fmt: skip
     return table
-
-
-def amount(count: int) -> str:
-    """Bytes as people read them."""
-    size = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{count} B" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} TB"
 
 
 def _bytes(line: Mapping[str, Any]) -> int:

@@ -1,4 +1,4 @@
-"""Commands that say what there is before anything runs: methods, cost."""
+"""Commands that answer before anything runs: methods, cost."""
 
 from pathlib import Path
 from typing import Annotated

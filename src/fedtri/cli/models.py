@@ -44,7 +44,7 @@ def evaluate(
         Path | None, typer.Option(metavar="DIR", help="With --tasks: further tasks in the harness's YAML format.")
     ] = None,
 ) -> None:
-    """Score a finished run's models again on their own test data, or on the harness's tasks."""
+    """Score a finished run's models on their own test data, or on tasks of lm-evaluation-harness."""
     prepare()
     from fedtri.runs import finished
     from fedtri.storage import run_directory
@@ -70,7 +70,7 @@ def predict(
     client: Client,
     texts: Annotated[list[str], typer.Argument(metavar="TEXT…", help="What to answer.")],
 ) -> None:
-    """Ask a client's tuned model, and beside it the untuned one."""
+    """Ask a client's tuned model, and the untuned one for comparison."""
     prepare()
     from fedtri.runs import finished
 

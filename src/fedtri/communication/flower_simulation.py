@@ -10,6 +10,7 @@ import os
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -122,7 +123,8 @@ def simulated(
             grids.put(None)
 
     thread = threading.Thread(target=simulate, daemon=True)
-    with _importable():
+    # Flower shows every DeprecationWarning of the whole process, of all libraries, once its simulation is loaded
+    with _importable(), warnings.catch_warnings():
         thread.start()
         if (grid := grids.get()) is None:
             why = failures[0] if failures else "see above"

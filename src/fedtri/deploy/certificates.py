@@ -1,4 +1,4 @@
-"""Keys and certificates: an authority and a server certificate for testing, and a key pair a site."""
+"""Keys and certificates: an authority and a server certificate for testing, and a key pair for each site."""
 
 import ipaddress
 from collections.abc import Sequence

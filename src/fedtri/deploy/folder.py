@@ -1,4 +1,4 @@
-"""The folder of a federation, `fedtri deploy init`: what the server's machine, each site and its keeper need.
+"""Writes the folder of a federation (`fedtri deploy init`): what the server, each site and their keepers need.
 
 server/         certificates, the sites' public keys, app/ (what `flwr run` runs), and the scripts start, register, run
 sites/NAME/     the site's key pair, the authority's certificate, node.toml, and the scripts start and check
@@ -18,11 +18,11 @@ from fedtri.errors import FedtriError
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 FIRST_OWN_PORT = 18101
-"""Each SuperNode of one machine needs a port of its own."""
+"""The port of the first site's SuperNode. SuperNodes on one machine need different ports."""
 
 
 def write(folder: Path, *, clients: Sequence[str], labels: Sequence[str], host: str, port: int) -> list[Path]:
-    """Write everything a federation of these clients needs; the folders to hand out, the server's first.
+    """Write everything that a federation of these clients needs. Returns the folders to hand out, the server's first.
 
     Raises FedtriError for a name that cannot be a file's, fewer than two clients or labels, or a folder in use.
     """

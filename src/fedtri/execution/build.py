@@ -1,6 +1,7 @@
 """Which executor trains and scores the clients of a model."""
 
 from fedtri.adapters.model import AdaptedModel
+from fedtri.errors import FedtriError
 from fedtri.execution.executor import Executor
 from fedtri.execution.fast.executor import FastExecutor
 from fedtri.execution.fast.kept import Keeping
@@ -24,17 +25,21 @@ def build(
     """An executor of this model's clients.
 
     Args:
-        name: "reference": plain code, one client at a time; "auto": the fast one where the model is in its table.
+        name: "reference": plain code, one client at a time; "fast": clients share passes; "auto": the fast one where
+            the model is in its table, else the plain code on clients side by side.
         group: How many clients are worked on side by side; 0: all. Alone, a client has all cores.
         token_budget: Tokens that go through the model at once.
         gradient_checkpointing: Whether layers keep no activations while they learn, and are run again.
         keeping: The examples whose states below the first adapted layer are kept, where the executor can.
 
     Raises:
-        FedtriError: For gradient checkpointing of a model whose layers cannot be run again.
+        FedtriError: For "fast" and a model that is not in the table, and for gradient checkpointing of one whose layers
+            cannot be run again.
     """
     reason = why_not(adapted)
-    if name == "auto" and reason is None:
+    if name == "fast" and reason is not None:
+        raise FedtriError(f'simulation.executor: "fast" cannot be, since {reason}; set it to "auto"')
+    if name != "reference" and reason is None:
         return FastExecutor(adapted, task, examples, group, token_budget, gradient_checkpointing, keeping)
     recomputation = Recomputation(adapted.model) if gradient_checkpointing else None
     if name == "reference":

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
+from torch import Tensor
 
 from fedtri.adapters import model as adapters
 from fedtri.adapters.layout import Layout
@@ -117,11 +118,11 @@ class ReferenceExecutor:
 
     @torch.no_grad()
     def _features(self, rows: Rows, worker: Worker) -> Float[np.ndarray, "rows d"]:
-        found = np.empty((len(rows), self.task.feature_size(self.adapted.model)), np.float32)
+        found = []
         for places in batches(self.examples.lengths[rows], self.token_budget):
             batch = to_device(self.examples.batch(rows[places]), self.adapted.device)
-            found[places] = self.task.features(self.adapted.model, batch).float().cpu().numpy()
-        return found
+            found.append((places, self.task.features(self.adapted.model, batch)))
+        return in_order(found)
 
     def _load(self, own: ClientModel) -> None:
         adapters.load(self.adapted, own.factors, rank=own.rank, alpha=own.alpha, classes=own.classes)
@@ -131,6 +132,14 @@ class ReferenceExecutor:
 
     def _scores(self, rows: Rows) -> Any:
         return self.task.scores(self.adapted.model, to_device(self.examples.batch(rows), self.adapted.device))
+
+
+def in_order(parts: Sequence[tuple[Rows, Tensor]]) -> Float[np.ndarray, "rows d"]:
+    """What was computed in parts, each with the rows it belongs to, as one float32 array."""
+    found = np.empty((sum(len(rows) for rows, _ in parts), parts[0][1].shape[1]), np.float32)
+    for rows, values in parts:
+        found[rows] = values.float().cpu().numpy()
+    return found
 
 
 def batches(lengths: Rows, token_budget: int, *, packed: bool = False) -> Iterator[Rows]:

@@ -1,4 +1,4 @@
-"""One run's figures about its clients: their label mixes, how alike they are, and what aggregation gave each."""
+"""One run's figures about its clients: label mixes, similarity, and accuracy before and after aggregation."""
 
 from typing import Any
 
@@ -55,7 +55,7 @@ def label_mix(run: Run) -> go.Figure:
 
 
 def similarity(run: Run, which: str, round: int | None = None) -> go.Figure:
-    """One of the matrices between clients ("data", "model", "weights"), of a round (the last by default).
+    """One of the matrices between clients ("data", "model" or "weights") in one round (by default the last).
 
     `layout.meta["steps"]` holds the rounds and matrices of up to some rounds for a page's slider.
     """
@@ -98,7 +98,7 @@ def similarity(run: Run, which: str, round: int | None = None) -> go.Figure:
 
 
 def local_against_aggregated(run: Run) -> go.Figure:
-    """Each client's last accuracy after local training and after aggregation, and what guessing would score."""
+    """Each client's last accuracy after local training and after aggregation, beside that of guessing."""
     after, local = run.latest("accuracy"), run.latest("accuracy_local")
     clients = sorted({*after, *local}, key=lambda c: (after.get(c, -1.0), c))
     gains = [after[c] - local[c] for c in clients if c in after and c in local]

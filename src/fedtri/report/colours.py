@@ -13,7 +13,7 @@ SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star", "
 
 
 def style(place: int) -> tuple[str, str, str]:
-    """Colour, dash and marker of the series at this place: told apart by shape too, and beyond eight by dash."""
+    """Colour, dash and marker of the series at this place. Markers differ too, and dashes from the ninth series on."""
     return LIGHT[place % 8], DASHES[(place // 8) % 4], SYMBOLS[place % 8]
 
 

@@ -118,7 +118,8 @@ def trend(run: Run, column: str, name: str) -> str:
         return f"No {name} was recorded."
     first, end = values.index[0], values.index[-1]
     last = run.rounds.loc[end]
-    text = f"Mean {name} goes from {share(values[first])} in round {first} to {share(values[end])} in round {end}"
+    begun, ended = float(values.iloc[0]), float(values.iloc[-1])
+    text = f"Mean {name} goes from {share(begun)} in round {first} to {share(ended)} in round {end}"
     if f"{column}_worst" in last and math.isfinite(last[f"{column}_worst"]):
         text += (
             f", the worst client at {share(last[f'{column}_worst'])} and the best at {share(last[f'{column}_best'])}"

@@ -34,7 +34,7 @@ from fedtri.report.reading import Run
 
 
 def accuracy(run: Run) -> go.Figure:
-    """Test accuracy by round: mean over clients with worst to best as an area; each client on demand."""
+    """Test accuracy by round: the mean over clients, an area from worst to best, and each client on demand."""
     rounds = thinned(run.rounds, MOST_POINTS)
     figure = titled(
         "Accuracy by round",
@@ -106,7 +106,7 @@ def accuracy_by_bytes(run: Run) -> go.Figure:
 
 
 def rho(run: Run, which: str = "exact") -> go.Figure:
-    """ρ by layer and round: how far what was sent down is from the mean of the clients' products."""
+    """ρ by layer and round: the distance of what was sent down from the mean of the clients' products B·A."""
     table = run.rho(which).dropna(how="all")
     table = table.loc[spaced(list(table.index), MOST_POINTS)]
     what = {
@@ -150,7 +150,7 @@ def time_by_phase(run: Run) -> go.Figure:
 
 
 def _short(layers: Sequence[str]) -> list[str]:
-    """Layer names without the parts that all of them share at both ends."""
+    """Layer names without the leading parts that all of them share."""
     split = [name.split(".") for name in layers]
     if len(split) < 2:
         return list(layers)
@@ -161,7 +161,7 @@ def _short(layers: Sequence[str]) -> list[str]:
 
 
 def of_run(run: Run) -> dict[str, go.Figure]:
-    """Every figure that this run has the numbers for, by name."""
+    """Every figure for which this run has the numbers, by name."""
     found: dict[str, go.Figure] = {}
     if known(run.rounds["accuracy"]):
         found["accuracy"] = accuracy(run)

@@ -1,4 +1,4 @@
-"""What a run on a real network has of each client: how long it took, and what went wrong, in the server's own words."""
+"""What a run on a real network tells of each client: how long it took, and what went wrong, as the server says it."""
 
 import math
 
@@ -11,7 +11,7 @@ KINDS = {"failed": "no answer", "refused": "refused"}
 
 
 def latency(run: Run) -> pd.DataFrame:
-    """A row a client: seconds from sending its task to its answer, median and largest, and how often it was asked
+    """One row per client: seconds from sending its task to its answer, median and largest, and how often it was asked
     again, did not answer, or was refused. Empty for a run in one process.
     """
     found: dict[str, list[float]] = {}
@@ -37,7 +37,7 @@ def latency(run: Run) -> pd.DataFrame:
 
 
 def events(run: Run) -> pd.DataFrame:
-    """A row for each time that a client gave no answer, or one that was refused: round, client, what, why."""
+    """One row each time a client gave no answer, or an answer that was refused: round, client, what, why."""
     rows = []
     for line in run.lines:
         reasons = [("failed", str(why)) for why in _table(line.get("failed")).values()]

@@ -1,4 +1,4 @@
-"""Figures that compare runs: accuracy against bytes, what is communicated, worst and best client, and the courses."""
+"""Figures that compare runs: accuracy against bytes, communication, worst and best client, accuracy by round."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -25,9 +25,8 @@ def front(groups: Sequence[Group]) -> go.Figure:
             edge.append(i)
     figure = titled(
         "Accuracy against bytes",
-        "Up is more accurate, left is cheaper. The stepped line is the Pareto front: no method is both cheaper and "
-        f"more accurate than one on it. {_bars(groups)} A method that sends nothing has no place on a logarithmic axis: "
-        "it is a dashed line.",
+        "Up is more accurate, left is cheaper. The stepped line is the Pareto front: no method is above it and to its "
+        f"left. {_bars(groups)} A method that sends nothing has no place on a logarithmic axis: it is a dashed line.",
         "; ".join(f"{groups[i].label}: accuracy {share(y)} for {amount(x)}" for i, (x, y) in sending.items()),
         x="bytes up per client and round (log)", y="mean accuracy over clients", height=440,
     )  # fmt: skip
@@ -65,7 +64,7 @@ def communicated(groups: Sequence[Group]) -> go.Figure:
     known = [c for c in counts if math.isfinite(c) and c > 0]
     figure = titled(
         "Communicated parameters",
-        "How many numbers a client sends in a round. The axis is logarithmic: each grid line is ten times the last.",
+        "How many numbers a client sends in a round. The axis is logarithmic: a grid line is ten times the one before.",
         "; ".join(f"{g.label}: {_count(c)}" for g, c in zip(groups, counts, strict=True)),
         x="parameters up per client and round (log)", height=150 + 34 * len(groups),
     )  # fmt: skip
@@ -199,7 +198,7 @@ def seconds(groups: Sequence[Group]) -> go.Figure:
 
 
 def of_groups(groups: Sequence[Group]) -> Mapping[str, go.Figure]:
-    """Every figure these runs have the numbers for, by name."""
+    """Every figure for which these runs have the numbers, by name."""
     found: dict[str, go.Figure] = {}
     scored = any(math.isfinite(g.mean("mean")) for g in groups)
     if scored:
@@ -233,9 +232,9 @@ def _area(groups: Sequence[Group]) -> str:
 
 
 def _one_seed(figure: go.Figure, groups: Sequence[Group]) -> go.Figure:
-    """The figure, which says so itself where there is one seed: a file of it comes without the words around it."""
+    """The figure with a note where there is one seed. In a file it has no text around it that could say so."""
     if _single(groups):
-        place = {"xref": "paper", "yref": "paper", "x": 1, "y": 0, "xanchor": "right", "yanchor": "bottom"}
+        place = {"xref": "paper", "yref": "paper", "x": 1, "y": 1, "xanchor": "right", "yanchor": "bottom"}
         figure.add_annotation(text="one seed: no interval over seeds", showarrow=False, **place)
     return figure
 

@@ -21,7 +21,7 @@ function parse(name) {
   layout.showlegend = false;
   delete layout.title;
   layout.autosize = true;
-  layout.margin = { l: narrow ? 44 : 56, r: 12, t: 12, b: 44 };
+  layout.margin = { l: narrow ? 44 : 56, r: 12, t: layout.annotations?.some((a) => a.yref === "paper") ? 24 : 12, b: 44 };
   layout.paper_bgcolor = layout.plot_bgcolor = "rgba(0,0,0,0)";
   layout.font = { ...layout.font, color: ink, size: narrow ? 12 : 13 };
   layout.hoverlabel = { bgcolor: page, bordercolor: line, font: { color: ink } };

@@ -25,7 +25,7 @@ HERE = Path(__file__).parent
 
 
 def write(runs: Sequence[Run], path: Path, baseline: str | None = None) -> Path:
-    """The page of one run or of several, written atomically. Raises FedtriError where it cannot be."""
+    """Write the page of one run, or of several, atomically. Raises FedtriError if it cannot be written."""
     tables.baselines(tables.grouped(runs), baseline)  # says so where there is none of that name
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -131,7 +131,7 @@ def verdict(groups: Sequence[tables.Group], baseline: str | None = None) -> str:
 
 
 def facts(run: Run, shared: Sequence[Run] = ()) -> str:
-    """What was run, on what: the settings that every shown run has in common."""
+    """What was run and on which machine: the settings that all shown runs have in common."""
     config, told = run.config, []
     alike = (
         [key for key in config if all(other.config.get(key) == config[key] for other in shared)]
@@ -152,7 +152,7 @@ def facts(run: Run, shared: Sequence[Run] = ()) -> str:
 
 
 def clients(run: Run) -> pd.DataFrame:
-    """A row a client, as text."""
+    """One row per client, as text."""
     after, local, rows = run.latest("accuracy"), run.latest("accuracy_local"), []
     for client in run.clients:
         about = run.client_table.get(client, {})
@@ -172,7 +172,7 @@ def clients(run: Run) -> pd.DataFrame:
 
 
 def notes(missing: Mapping[str, Sequence[str]]) -> str:
-    """What is missing, by run; nothing where nothing is."""
+    """What is missing, by run, as HTML; empty if nothing is."""
     told = [f"{name}: {text}" if name else text for name, texts in missing.items() for text in texts]
     if not told:
         return ""
@@ -195,7 +195,7 @@ def drawings(found: Mapping[str, go.Figure]) -> str:
 
 
 def titled(title: str, table: pd.DataFrame) -> str:
-    """A table under its title, nothing where it is empty."""
+    """A table under its title; nothing if the table is empty."""
     return f"<h2>{escape(title)}</h2>" + static(table) if len(table) else ""
 
 
@@ -260,7 +260,7 @@ def _folders(runs: Sequence[Run]) -> pd.DataFrame:
 
 
 def _unclosed(script: str) -> str:
-    """The script or JSON with nothing in it that would end the element it stands in."""
+    """The script or JSON, escaped so that nothing in it ends the HTML element around it."""
     return script.replace("</", "<\\/")
 
 

@@ -1,4 +1,4 @@
-"""A run directory read back: what is there, and in words what is missing. Nothing in it is trusted to be whole."""
+"""Reads a run directory: what is there, and in words what is missing. Any file in it may be damaged or absent."""
 
 import json
 import math
@@ -22,7 +22,7 @@ EXPECTED = ("loss", "accuracy", "accuracy_local", "bytes", "seconds")
 ITEM_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 
 COMPARISON = "compare.json"
-"""What a comparison's folder is known by, and the order of its runs."""
+"""The file that makes a folder a comparison; it holds the order of its runs."""
 
 Table = Mapping[str, Any]
 

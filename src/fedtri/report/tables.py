@@ -1,4 +1,4 @@
-"""Runs compared: one group a method and grid point, mean ± standard deviation over seeds, paired differences.
+"""Runs compared: one group for each method and grid point, mean ± standard deviation over seeds, paired differences.
 
 The interval of a paired difference d over n seeds is mean(d) ± t(0.975, n − 1) · std(d) / √n (Student).
 """
@@ -65,7 +65,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Difference:
-    """Accuracy less the baseline's, paired by seed; the 95 % interval is NaN for one seed."""
+    """Accuracy minus the baseline's, paired by seed, with its 95 % interval; NaN for one seed."""
 
     mean: float
     low: float
@@ -100,7 +100,7 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
 
 
 def paired(group: Group, baseline: Group, measure: str = "mean") -> Difference:
-    """The group's measure less the baseline's, over the seeds that both have."""
+    """The group's measure minus the baseline's, over the seeds that both have."""
     own, other = group.over_seeds(measure), baseline.over_seeds(measure)
     gaps = _known(own[seed] - other[seed] for seed in own if seed in other)
     if len(gaps) < 2:
@@ -111,7 +111,7 @@ def paired(group: Group, baseline: Group, measure: str = "mean") -> Difference:
 
 
 def baselines(groups: Sequence[Group], method: str | None = None) -> list[Group | None]:
-    """For each group, the baseline's group whose settings agree (those it has), else its only one, else None.
+    """For each group: the group of the baseline with the same settings; else its only group; else None.
 
     Raises FedtriError where no run is of the method asked for.
     """
@@ -127,7 +127,7 @@ def baselines(groups: Sequence[Group], method: str | None = None) -> list[Group 
 
 
 def frame(groups: Sequence[Group], keys: Sequence[str] = ()) -> pd.DataFrame:
-    """table.csv: a row a method and grid point, COLUMNS first, then the settings that differ or are named in `keys`."""
+    """table.csv: one row per method and grid point. COLUMNS come first, then settings that differ or are in `keys`."""
     rows = []
     for group in groups:
         config = next(iter(group.runs.values())).config
@@ -153,7 +153,7 @@ def frame(groups: Sequence[Group], keys: Sequence[str] = ()) -> pd.DataFrame:
 
 
 def readable(groups: Sequence[Group], baseline: str | None = None) -> pd.DataFrame:
-    """The table people read, text in every cell; see `caption` for what it says."""
+    """The table for people, with text in every cell; `caption` explains it."""
     against = baselines(groups, baseline)
     heading = f"less {_paper(groups, baseline)}"
     rows = []
@@ -175,7 +175,7 @@ def readable(groups: Sequence[Group], baseline: str | None = None) -> pd.DataFra
 
 
 def caption(groups: Sequence[Group], baseline: str | None = None) -> str:
-    """What the readable table's numbers are, and how far they carry."""
+    """What the numbers of `readable` are, and what can be concluded from them."""
     other = _paper(groups, baseline)
     text = (
         "Accuracy on each client's own test examples: mean over clients (± standard deviation over seeds), worst and "
@@ -229,7 +229,7 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _differs(key: str, methods: Sequence[str], settings: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether runs differ in this setting; a method's own options count only where its own runs differ."""
+    """Whether runs differ in this setting. An option of a method counts only if runs of that method differ in it."""
     values = [str(own.get(key)) for own in settings]
     if not key.startswith("method_options."):
         return len(set(values)) > 1

@@ -29,7 +29,7 @@ class Cost:
     down: float
     up_bytes: float
     down_bytes: float
-    total_bytes: float
+    total_bytes: int
 
 
 def costs(

@@ -17,6 +17,7 @@ from fedtri.communication.in_process import LocalTransport
 from fedtri.config import Config
 from fedtri.errors import FedtriError
 from fedtri.execution.executor import OnStep
+from fedtri.execution.fast.table import why_not
 from fedtri.federation import loop, server
 from fedtri.messages import Answer, Transport
 from fedtri.metrics import Phase
@@ -105,7 +106,8 @@ def _rounds(
     listener: Listener,
 ) -> Iterator[Progress]:
     spec, site = federation.spec, federation.site
-    LOG.info("%s", site.executor.describe())
+    slower = federation.config.simulation.executor == "auto" and why_not(federation.opened.adapted) is not None
+    LOG.log(logging.WARNING if slower else logging.INFO, "%s", site.executor.describe())
     with _transport(federation, folder) as transport:
         for progress in loop.run(
             spec.method, transport, spec.scales, spec.schedule,

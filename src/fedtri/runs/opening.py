@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedtri.adapters.initial import initial_factors
 from fedtri.adapters.layout import Key
@@ -27,7 +27,7 @@ from fedtri.federation.client import Site
 from fedtri.messages import POOLED
 from fedtri.models import loading
 from fedtri.models.peft import read_peft
-from fedtri.runs.spec import Spec
+from fedtri.runs.spec import Spec, layout_of
 from fedtri.seeds import derive
 from fedtri.storage.client_store import ClientStore
 from fedtri.tasks import Examples
@@ -77,6 +77,7 @@ def open_model(spec: Spec, machine: Machine) -> Opened:
     weights = loading.Weights(how.dtype, how.quantization, str(device))
     loaded = spec.recipe.load(machine.model, spec.labels, weights)
     model, layers = loaded.model, spec.recipe.head(loaded.model)
+    _require_layout(spec, machine, model)
     head = loading.initial_head(model, layers, loaded.fresh, spec.seed)
     adapted = install(
         model if how.quantization != "none" else model.to(device),
@@ -88,12 +89,19 @@ def open_model(spec: Spec, machine: Machine) -> Opened:
         heads=parts.heads,
         mixed_precision=how.mixed_precision == "bfloat16",
     )
-    if adapted.layout != spec.layout:
-        raise FedtriError(
-            f"model: the weights in {machine.model} do not have the shapes that its config.json says; "
-            "give every end the same model"
-        )
     return Opened(adapted, loaded.processor, {**head, **adapted.initial})
+
+
+def _require_layout(spec: Spec, machine: Machine, model: nn.Module) -> None:
+    try:
+        found = layout_of(model, spec.recipe, spec.method, spec.largest_rank, spec.targets, kind=spec.kind)
+    except FedtriError:
+        found = None
+    if found != spec.layout:
+        raise FedtriError(
+            f"model: {machine.model} is another model than the federation's, or its weights do not have the shapes "
+            "that its config.json says; give every end the same model"
+        )
 
 
 def initial(spec: Spec, opened: Opened, rank: int) -> dict[Key, Tensor]:

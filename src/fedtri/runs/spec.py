@@ -137,7 +137,7 @@ def spec_of(
     layout = layout_of(plain, recipe, method, max(ranks.values()), config.targets, config.layers, kind=config.adapter)
     if config.labels == "own":
         _check_own_classes(recipe, method, layout)
-    task = recipe.learning(list(labels), None)
+    width = recipe.feature_size(plain) if method.welcome is not None else 0
     return Spec(
         clients=tuple(names),
         labels=tuple(labels),
@@ -151,7 +151,7 @@ def spec_of(
             quorum=_quorum(config), attempts=config.network.attempts if config.network.clients else 1,
         ),
         wire=config.wire,
-        sketch=SketchSize(task.classes, task.feature_size(plain) if method.welcome is not None else 0),
+        sketch=SketchSize(recipe.sketch_classes(labels), width),
         max_length=config.max_length,
         shares=(config.split.train, config.split.validation, config.split.test),
         seed=config.seed,
@@ -242,7 +242,9 @@ def skeleton(model: str, recipe: Recipe, labels: int | None = None) -> nn.Module
         shape = AutoConfig.from_pretrained(str(path) if path.is_file() else locate(model))
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
-        raise FedtriError(f"model: {model} has no configuration: {reason}; expected a folder or hub name") from None
+        raise FedtriError(
+            f"model: {model} has no configuration that can be read: {reason}; expected a folder or hub name"
+        ) from None
     if labels is not None:
         shape.num_labels = labels
     with torch.device("meta"):

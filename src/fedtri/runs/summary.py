@@ -28,6 +28,7 @@ def summary(
         labels: The names of the classes in the order of their ids.
         executor: Which executor trained the clients, and why no faster one; None: not known here, as on a server.
     """
+    guesses = [float(str(about["guess"])) for about in clients.values() if about.get("guess") is not None]
     return {
         "method": method["name"],
         "paper": method["paper"],
@@ -42,7 +43,7 @@ def summary(
         "accuracy_local": spread(ACCURACY, latest(lines, "accuracy_local")),
         "test_loss": spread(LOSS, latest(lines, "test_loss")),
         "metrics": {name: values for line in lines for name, values in line.get("metrics", {}).items()},
-        "guess": _mean([float(str(about["guess"])) for about in clients.values() if about.get("guess") is not None]),
+        "guess": sum(guesses) / len(guesses) if guesses else None,
         "bytes": _bytes(lines, payload),
         "seconds": _seconds(lines),
         "labels": list(labels),
@@ -67,7 +68,7 @@ def _bytes(lines: Sequence[Mapping[str, Any]], payload: int) -> dict[str, int]:
         "up_per_client_round": round(sum(ups) / max(len(ups), 1)),
         "down_per_client_round": round(sum(downs) / max(len(downs), 1)),
         "payload_up_per_client_round": payload,
-        "sketch_per_client": round(_mean(sketches) or 0),
+        "sketch_per_client": round(sum(sketches) / max(len(sketches), 1)),
         "total": sum(ups) + sum(n for line in lines for n in line["bytes"]["down"].values()) + sum(sketches),
     }
 
@@ -75,7 +76,3 @@ def _bytes(lines: Sequence[Mapping[str, Any]], payload: int) -> dict[str, int]:
 def _seconds(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     by_stage = {stage: round(sum(line["seconds"].get(stage, 0.0) for line in lines), 3) for stage in STAGES}
     return {"total": round(sum(sum(line["seconds"].values()) for line in lines), 3), **by_stage}
-
-
-def _mean(values: Sequence[float | int]) -> float | None:
-    return sum(values) / len(values) if values else None

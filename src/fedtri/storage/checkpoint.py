@@ -70,20 +70,34 @@ def save(folder: Path, state: ServerState, store: ClientStore, line: Mapping[str
 
 
 def load(folder: Path, clients: Path) -> Checkpoint | None:
-    """The newest checkpoint that is whole, or None where there is none. Raises FedtriError when all are damaged."""
+    """The newest checkpoint that is whole, or None where there is none.
+
+    Args:
+        folder: Where the checkpoints are.
+        clients: Where the clients' own tensors are.
+
+    Raises:
+        FedtriError: Where all are damaged, or another version of fedtri wrote one.
+    """
     reasons = []
     for path in sorted(folder.glob("*.json"), reverse=True):
         try:
-            return _load(path, clients)
+            manifest = _manifest(path)
+            if manifest.get("layout", 1) == LAYOUT:
+                return _load(path, manifest, clients)
         except FedtriError as error:
             reasons.append(str(error))
+            continue
+        raise FedtriError(
+            f"{path}: the checkpoint has layout {manifest.get('layout', 1)}, expected {LAYOUT}: another version of "
+            "fedtri wrote it; finish the run with that version, or start it anew"
+        )
     if reasons:
         raise FedtriError(f"{folder}: no checkpoint is whole: {'; '.join(reasons)}")
     return None
 
 
-def _load(path: Path, clients: Path) -> Checkpoint:
-    manifest = _manifest(path)
+def _load(path: Path, manifest: Mapping[str, Any], clients: Path) -> Checkpoint:
     server = Saved(**manifest["server"])
     saved = {client: Saved(**entry) for client, entry in manifest["clients"].items()}
     for entry in saved.values():
@@ -100,11 +114,6 @@ def _manifest(path: Path) -> dict[str, Any]:
         raise FedtriError(f"{path}: the checkpoint was cut short") from None
     if digest != _digest(manifest):
         raise FedtriError(f"{path}: the checkpoint was changed since it was written")
-    if (layout := manifest.get("layout", 1)) != LAYOUT:
-        raise FedtriError(
-            f"{path}: the checkpoint has layout {layout}, expected {LAYOUT}: another version of fedtri wrote it; "
-            "finish the run with that version, or start it anew"
-        )
     return manifest
 
 

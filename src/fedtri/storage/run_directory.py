@@ -127,7 +127,8 @@ def require(path: Path) -> Path:
     if not _is_run(path):
         found = "which is not there" if path.is_dir() else "and there is no such folder"
         raise FedtriError(f"{path}: is not a run directory: expected a config.toml in it, {found}; check the path")
-    if (layout := read_environment(path).get("layout", 1)) != LAYOUT:
+    environment = read_environment(path)  # where it is lost, the layout is not known, and what can be read is read
+    if environment and (layout := environment.get("layout", 1)) != LAYOUT:
         raise FedtriError(
             f"{path}: the run directory has layout {layout}, expected {LAYOUT}: another version of fedtri wrote it; "
             "read it with that version, or start the run anew"

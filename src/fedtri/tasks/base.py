@@ -63,15 +63,6 @@ class Examples(Protocol):
 class LearningTask(Protocol):
     """How a task scores a batch, and which features describe an example."""
 
-    @property
-    def classes(self) -> int:
-        """The number of classes of a sketch; 1 if examples have no class."""
-        ...
-
-    def feature_size(self, model: nn.Module) -> int:
-        """d of `features`: the dimension of a sketch's mixtures."""
-        ...
-
     def scores(self, model: Model, batch: Batch) -> Scores:
         """Loss and hits of each sample."""
         ...
@@ -114,6 +105,11 @@ class Loaded:
 Answers = Callable[[Any, Any, Sequence[str], Sequence[str], int], list[str]]
 
 
+def hidden_size(model: nn.Module) -> int:
+    """The backbone's hidden size, as the model's configuration says."""
+    return model.config.hidden_size  # pyright: ignore[reportAttributeAccessIssue, reportReturnType]
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How a task is made. `TASKS` holds functions from a task's options to a Recipe."""
@@ -135,6 +131,10 @@ class Recipe:
     """(model configuration) to the model without weights. It is called under torch.device("meta")."""
     head: Callable[[nn.Module], list[str]] = head_layers
     """(model) to the names of the linear layers of the head, of which each client has a copy; [] without a head."""
+    feature_size: Callable[[nn.Module], int] = hidden_size
+    """(model, or its skeleton) to d, the dimension of `LearningTask.features`."""
+    sketch_classes: Callable[[Sequence[str]], int] = lambda label_names: max(1, len(label_names))
+    """(class names) to the number of classes of a sketch; 1 if examples have no class."""
     classifies: bool = False
     """Whether a class is predicted. If so, reports compare with guessing the largest class."""
     kept: type[Any] | None = None

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from fedtri.data import pool as pools
@@ -47,7 +47,7 @@ def causal_lm(
     asking = Asking(exact_match, generations, max_new_tokens)
 
     def learning(label_names: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> CausalLM:
-        return CausalLM(max(1, len(label_names)), tokenizer, asking)
+        return CausalLM(tokenizer, asking)
 
     def answers(
         model: Model, tokenizer: PreTrainedTokenizerBase, _: Sequence[str], inputs: Sequence[str], limit: int
@@ -222,17 +222,12 @@ def beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 class CausalLM:
     """Cross-entropy of each response token, given all tokens before it. Accuracy counts tokens."""
 
-    classes: int
     tokenizer: PreTrainedTokenizerBase
     asking: Asking
 
     def scores(self, model: Model, batch: Batch) -> Scores:
         """Loss and hits of each sample, summed over its response's tokens."""
         return response_scores(model, inputs_of(batch), batch["labels"])
-
-    def feature_size(self, model: nn.Module) -> int:
-        """The backbone's hidden size."""
-        return model.config.hidden_size  # pyright: ignore[reportAttributeAccessIssue, reportReturnType]
 
     def features(self, model: Model, batch: Batch) -> Float[Tensor, "batch d"]:
         """The last hidden states' mean over all real tokens, prompt and response."""

@@ -28,6 +28,7 @@ def image_classification() -> Recipe:
         examples=lambda pool, processor, _: images.examples(pool, processor),
         learning=lambda label_names, _: ImageClassification(len(label_names)),
         skeleton=partial(classes.skeleton, AutoModelForImageClassification),
+        feature_size=feature_size,
         classifies=True,
         answers=answers,
         example_input="picture.png",
@@ -38,6 +39,13 @@ def load(model: str, label_names: Sequence[str], weights: Weights) -> Loaded:
     """An image classifier of these classes and its processor. Raises FedtriError if it cannot be loaded as one."""
     loaded, fresh = classes.load_classifier(AutoModelForImageClassification, model, WHAT, weights, label_names)
     return Loaded(loaded, images.load_image_processor(model, loaded, WHAT), fresh)
+
+
+def feature_size(model: nn.Module) -> int:
+    """The backbone's hidden size; that of the last stage if it has several stages."""
+    config: Any = model.get_submodule(backbone_of(model)).config
+    stages = getattr(config, "hidden_sizes", None)
+    return stages[-1] if stages else config.hidden_size
 
 
 @dataclass(frozen=True)
@@ -53,12 +61,6 @@ class ImageClassification:
     def scores(self, model: Model, batch: Batch) -> Scores:
         """Cross-entropy and whether the largest score is the label's, of each sample."""
         return classes.classified(self.logits(model, batch), batch["labels"])
-
-    def feature_size(self, model: nn.Module) -> int:
-        """The backbone's hidden size; that of the last stage if it has several stages."""
-        config: Any = model.get_submodule(backbone_of(model)).config
-        stages = getattr(config, "hidden_sizes", None)
-        return stages[-1] if stages else config.hidden_size
 
     def features(self, model: Model, batch: Batch) -> Float[Tensor, "batch d"]:
         """The last hidden states' mean over all tokens, or over all places of a feature map."""

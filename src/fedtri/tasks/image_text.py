@@ -49,11 +49,18 @@ def image_text(*, prompt: str = "a photo of a {}") -> Recipe:
         examples=lambda pool, processor, _: images.examples(pool, processor.images),
         learning=partial(learning, prompt),
         skeleton=AutoModel.from_config,
+        feature_size=feature_size,
         head=lambda model: [],
         classifies=True,
         answers=partial(answers, prompt),
         example_input="picture.png",
     )
+
+
+def feature_size(model: nn.Module) -> int:
+    """The dimension of the space into which both towers project."""
+    config: Any = model.config
+    return config.projection_dim
 
 
 @dataclass(frozen=True)
@@ -132,11 +139,6 @@ class ImageText:
     def scores(self, model: Model, batch: Batch) -> Scores:
         """Cross-entropy and whether the nearest prompt is the label's, of each sample."""
         return classes.classified(self.logits(model, batch), batch["labels"])
-
-    def feature_size(self, model: nn.Module) -> int:
-        """The dimension of the space into which both towers project."""
-        config: Any = model.config
-        return config.projection_dim
 
     def features(self, model: Model, batch: Batch) -> Float[Tensor, "batch d"]:
         """The image's embedding, of length 1."""

@@ -125,10 +125,6 @@ class TextClassification:
         """Cross-entropy and whether the largest score is the label's, of each sample."""
         return classes.classified(self.logits(model, batch), batch["labels"])
 
-    def feature_size(self, model: nn.Module) -> int:
-        """The backbone's hidden size."""
-        return model.config.hidden_size  # pyright: ignore[reportAttributeAccessIssue, reportReturnType]
-
     def features(self, model: Model, batch: Batch) -> Float[Tensor, "batch d"]:
         """The last hidden states' mean over real tokens."""
         return mean_pooled(model, inputs_of(batch))

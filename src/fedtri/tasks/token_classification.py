@@ -37,6 +37,7 @@ def token_classification() -> Recipe:
         examples=examples,
         learning=lambda label_names, _: TokenClassification(len(label_names)),
         skeleton=AutoModelForTokenClassification.from_config,
+        sketch_classes=lambda label_names: 1,
         answers=answers,
     )
 
@@ -126,8 +127,6 @@ class TokenClassification:
     """Cross-entropy over the classes, at each word's first token. Accuracy counts words."""
 
     tags: int
-    classes: int = 1
-    """The classes of sketches. Sketches do not use tags: one mixture describes all texts."""
 
     def scores(self, model: Model, batch: Batch) -> Scores:
         """Loss and hits of each text, summed over its words."""
@@ -135,10 +134,6 @@ class TokenClassification:
         loss = cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORED)
         hits = logits.detach().argmax(-1) == labels  # never true where ignored
         return Scores(loss.view_as(labels).sum(1), hits.sum(1).to(loss.dtype))
-
-    def feature_size(self, model: nn.Module) -> int:
-        """The backbone's hidden size."""
-        return model.config.hidden_size  # pyright: ignore[reportAttributeAccessIssue, reportReturnType]
 
     def features(self, model: Model, batch: Batch) -> Float[Tensor, "batch d"]:
         """The last hidden states' mean over real tokens."""

@@ -47,7 +47,7 @@ def vision_language(
     asking = Asking(exact_match, generations, max_new_tokens)
 
     def learning(label_names: Sequence[str], processor: Processor) -> VisionLanguage:
-        return VisionLanguage(max(1, len(label_names)), processor.tokenizer, asking)
+        return VisionLanguage(processor.tokenizer, asking)
 
     return Recipe(
         name="vision_language",
@@ -58,6 +58,7 @@ def vision_language(
         examples=lambda pool, processor, limit: examples(pool, processor, limit, template),
         learning=learning,
         skeleton=AutoModelForImageTextToText.from_config,
+        feature_size=feature_size,
         head=lambda model: [],
     )
 
@@ -70,6 +71,12 @@ def pool(source: Source) -> Pool:
     found: dict[str, Any] = {role: pools.texts(source, role) for role in ("prompt", "response")}
     found["image"] = columns.images(source)
     return pools.made_by_domain(source, found)
+
+
+def feature_size(model: nn.Module) -> int:
+    """The language model's hidden size."""
+    config: Any = model.config
+    return config.get_text_config().hidden_size
 
 
 @dataclass(frozen=True)
@@ -207,18 +214,12 @@ def _turns(processor: Processor, prompt: str, response: str) -> list[Segment]:
 class VisionLanguage:
     """Cross-entropy of each response token, given the image and all tokens before it. Accuracy counts tokens."""
 
-    classes: int
     tokenizer: Any
     asking: Asking
 
     def scores(self, model: Model, batch: Batch) -> Scores:
         """Loss and hits of each sample, summed over its response's tokens."""
         return response_scores(model, _inputs(model, batch), batch["labels"])
-
-    def feature_size(self, model: nn.Module) -> int:
-        """The language model's hidden size."""
-        config: Any = model.config
-        return config.get_text_config().hidden_size
 
     def features(self, model: Model, batch: Batch) -> Float[Tensor, "batch d"]:
         """The last hidden states' mean over image, prompt and response."""

@@ -25,7 +25,7 @@ from fedtri.execution.executor import ClientModel, OnStep, Optimization, Rows, S
 from fedtri.execution.fast.kept import Keeping, KeptStates
 from fedtri.execution.fast.model import Frozen, SharedPass
 from fedtri.execution.fast.table import architecture_of
-from fedtri.execution.reference import batches
+from fedtri.execution.reference import batches, in_order
 from fedtri.execution.steps import Steps, steps
 from fedtri.execution.workers import Worker, shared, side_by_side
 from fedtri.method import Trained
@@ -151,13 +151,13 @@ class FastExecutor:
             adapters.unload(self.adapted)
 
         def one(own: Rows, worker: Worker) -> Float[np.ndarray, "rows d"]:
-            found = np.empty((len(own), self.task.feature_size(self.adapted.model)), np.float32)
+            found = []
             with torch.inference_mode():
                 for places in batches(self.examples.lengths[own], self.token_budget, packed=True):
                     at = SharedPass(self.frozen, (), np.zeros(len(places), np.int64))
                     batch = to_device(self.examples.batch(own[places]), self.adapted.device)
-                    found[places] = self.task.features(at, batch).float().cpu().numpy()
-            return found
+                    found.append((places, self.task.features(at, batch)))
+            return in_order(found)
 
         return side_by_side([partial(one, own) for own in rows])
 

@@ -165,7 +165,9 @@ class SharedPass:
         return Hidden(scattered(self.frozen.run(self._pass(input_ids, real, token_type_ids, None)), real))
 
     def _pass(self, ids: Tensor, real: Tensor, types: Tensor | None, read: Tensor | None) -> Pass:
-        return lay_out(self.frozen.shape, ids, real, types, read, self.adapters, self.owners, self.states)
+        shape = self.frozen.shape
+        states = None if self.states is None else self.states.to(ids.device, shape.dtype)
+        return lay_out(shape, ids, real, types, read, self.adapters, self.owners, states)
 
 
 def _real(ids: Tensor, mask: Tensor | None) -> Bool[Tensor, "batch longest"]:

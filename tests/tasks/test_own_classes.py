@@ -5,21 +5,21 @@ import json
 import numpy as np
 import pytest
 import torch
-from fedtri.adapters.bank import Cohort
 from peft import PeftModel
 from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification, AutoTokenizer
 
 from fedtri.adapters.layout import Key
+from fedtri.adapters.model import load
 from fedtri.errors import FedtriError
 from fedtri.methods import METHODS, build
 from fedtri.runs import finished, lifecycle
-from tiny import DIGITS, LABELS, NEEDS, assert_same, clients_tensors, rounds, training_loss
+from tiny import DIGITS, LABELS, NEEDS, assert_same, carry, clients_tensors, rounds, training_loss
 
 OWN = {"labels": "own", "head": "personal"}
 VISION = {"kind": "vit", "task": "image_classification", **DIGITS, "partition": "dirichlet:0.5", **OWN}
 TEXT = {"partition": "pathological:2", "targets": "auto", "clients": 3, **OWN}
 WEIGHT, BIAS = Key("classifier.weight", "H"), Key("classifier.bias", "H")
-PERSONAL = [name for name in METHODS if not build(name).pooled]
+PERSONAL = [name for name in METHODS if not build(name).plan(0).pooled]
 
 
 @pytest.mark.parametrize("method", PERSONAL)
@@ -46,9 +46,8 @@ def test_every_method_trains_heads_of_different_size(method, lab, tmp_path):
 
 @pytest.mark.parametrize("values", [VISION, TEXT], ids=["images", "texts"])
 @pytest.mark.parametrize("method", ["fedit", "ce_lora", "ditto"])
-def test_a_cohort_gives_each_client_what_it_gets_alone(method, values, lab, tmp_path, monkeypatch):
+def test_a_group_gives_each_client_what_it_gets_alone(method, values, lab, tmp_path):
     """In float64, in passes that clients share. Seen to fail with one client's classes shut for all."""
-    monkeypatch.setattr(Cohort, "together", property(lambda self: True))
     common = {**values, "method": method, "double": True}
     together = lab.federation(tmp_path / "a", simulation__group=0, **common)
     alone = lab.federation(tmp_path / "b", simulation__group=1, **common)
@@ -61,31 +60,16 @@ def test_a_client_never_answers_with_anothers_class(lab, tmp_path):
     """And its logits are those of a head of its own rows alone. Seen to fail with nothing shut."""
     built = lab.federation(tmp_path, method="fedit", **VISION)
     site = built.site
-    for slot, client in enumerate(built.transport.clients()):
-        site.put(slot, client, site.initial(client))
-    batch = site.examples.batch(np.arange(8))
-    for slot, client in enumerate(built.transport.clients()):
-        site.cohort.route([slot] * 8)
-        logits = site.task.logits(site.cohort, batch)
+    task, batch = site.executor.task, site.executor.examples.batch(np.arange(8))
+    for client in built.transport.clients():
+        logits = task.logits(carry(built, client, site.initial(client)), batch)
         own = site.classes[client]
         assert (logits.argmax(-1)[:, None] == torch.from_numpy(own)).any(-1).all()
         assert torch.isinf(logits).sum(-1).tolist() == [10 - len(own)] * 8
     everyone = {**site.initial("client-00"), WEIGHT: torch.zeros(10, 16), BIAS: torch.zeros(10)}
-    site.cohort.write(0, everyone, 3, 6.0)
-    site.cohort.route([0] * 8)
-    assert torch.isfinite(site.task.logits(site.cohort, batch)).all()
-
-
-def test_what_is_read_is_what_was_written(lab, tmp_path):
-    """Rows of a client's classes, wherever they stand. Seen to fail with the first rows read back."""
-    built = lab.federation(tmp_path, method="fedit", **VISION)
-    own = dict(built.site.initial("client-01"))
-    own[WEIGHT] = torch.randn(own[WEIGHT].shape, generator=torch.Generator().manual_seed(0))
-    built.site.put(2, "client-01", own)
-    cohort = built.site.cohort
-    assert_same(cohort.read(2, frozenset("H")), {key: own[key] for key in (WEIGHT, BIAS)})
-    assert torch.equal(cohort.expanded(2, WEIGHT, own[WEIGHT]), cohort.stacked(WEIGHT)[2])
-    assert torch.equal(cohort.stacked(WEIGHT)[2][built.site.classes["client-01"]], own[WEIGHT])
+    adapted = built.opened.adapted
+    load(adapted, everyone, rank=3, alpha=6.0)
+    assert torch.isfinite(task.logits(adapted.model, batch)).all()
 
 
 def test_a_run_stopped_and_resumed_keeps_every_clients_classes(lab, tmp_path):

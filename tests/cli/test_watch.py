@@ -35,3 +35,9 @@ def test_a_run_without_a_round(tmp_path):
     (folder / "rounds.jsonl").unlink()
     assert "round 0 of 10" in shown(folder)
     assert len(reading.load(folder).rounds) == 0
+
+
+def test_a_row_of_blocks_does_not_make_a_point_look_like_a_leap():
+    """Seen to fail with the lowest and highest value as its ends."""
+    assert watch._spark([0.735, 0.744]) == "▁▂"
+    assert watch._spark([0.2, 0.5, 0.9]) == "▁▄█"

@@ -12,7 +12,7 @@ from fedtri.data.pool import ROLES
 from fedtri.errors import FedtriError
 from fedtri.runs import lifecycle
 from fedtri.tasks import TASKS, Examples, LearningTask
-from tiny import rounds
+from tiny import carry, rounds
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -50,15 +50,16 @@ def test_further_metrics_stand_in_the_log_and_in_the_summary(lab, tmp_path, monk
     """Of every client, after aggregation and after local training; seen to fail with metrics dropped by the engine."""
     from fedtri.tasks.text_classification import TextClassification
 
-    def more(self, cohort, examples, rows, found):
-        return {slot: {"perplexity": 10.0 + slot, "rows": float(len(own))} for slot, own in rows.items()}
+    def more(self, model, examples, rows, found):
+        return {"perplexity": 10.0 + found["accuracy"], "rows": float(len(rows))}
 
     monkeypatch.setattr(TextClassification, "more_metrics", more)
     config = lab.config(out=str(tmp_path / "run"), method="fedit")
     lines = [progress.line for progress in lifecycle.run(config)]
     found = lines[-1]["metrics"]
     assert set(found) == {"perplexity", "perplexity_local", "rows", "rows_local"}
-    assert (found["perplexity"]["best"], found["perplexity"]["worst"]) == (10.0, 13.0)
+    accuracy = lines[-1]["accuracy"]["clients"]
+    assert found["perplexity"]["clients"] == {client: 10.0 + own for client, own in accuracy.items()}
     assert found["rows"]["best"] == max(found["rows"]["clients"].values())
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["metrics"] == found
@@ -68,10 +69,11 @@ def test_further_metrics_stand_in_the_log_and_in_the_summary(lab, tmp_path, monk
 def test_weights_of_fewer_bits_carry_adapters_and_heads_of_32(lab, tmp_path):
     """Seen to fail with factors of the base's own type: bfloat16 loses most of what a step of AdamW moves."""
     built = lab.federation(tmp_path, model_options__dtype="bfloat16", method="fedit")
-    assert isinstance(built.site.task, LearningTask)
-    assert isinstance(built.site.examples, Examples)
-    layer = built.site.cohort.layer(built.site.cohort.layout.layers[0].name)
+    assert isinstance(built.site.executor.task, LearningTask)
+    assert isinstance(built.site.executor.examples, Examples)
+    model = carry(built, "client-00")
+    layer = built.opened.adapted.layer(built.opened.adapted.layout.layers[0].name)
     assert layer.base.weight.dtype == torch.bfloat16
-    assert layer.A.dtype == built.site.cohort.model.classifier.weight.dtype == torch.float32
+    assert layer.factors["A"].dtype == model.classifier.weight.dtype == torch.float32
     losses = [progress.line["loss"] for progress in rounds(built, rounds=3)]
     assert losses[-1] < losses[0]

@@ -8,10 +8,10 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
-from fedtri.execution import train
+from fedtri.execution.executor import Scoring
 from fedtri.methods import METHODS
 from fedtri.runs import finished, lifecycle, simulation
-from tiny import NEEDS, assert_same, clients_tensors, rounds
+from tiny import NEEDS, assert_same, clients_tensors, opened_again, rounds
 
 LANGUAGE = ("llama", "qwen2", "gpt2")
 FAST = {"learning_rate": 2e-2, "steps": 6}
@@ -49,9 +49,8 @@ def start(built: simulation.Federation) -> float:
     """The mean test loss before anything was learned."""
     site, losses = built.site, []
     for client in built.transport.clients():
-        site.cohort.write(0, site.initial(client), site.ranks[client], site.alpha)
-        found = train.evaluate(site.cohort, site.task, site.examples, {0: site.splits[client].test})
-        losses.append(found[0]["loss"])
+        (found,) = site.executor.evaluate([Scoring(site.model(client, site.initial(client)), site.splits[client].test)])
+        losses.append(found["loss"])
     return sum(losses) / len(losses)
 
 
@@ -63,9 +62,9 @@ CLOSELY = [
 
 
 @pytest.mark.parametrize(("of", "values"), CLOSELY)
-def test_a_cohort_gives_each_client_what_it_gets_alone(of, values, lab, tmp_path):
-    """Seen to fail with a loss that is the mean over the pooled batch's tokens, and with a recomputation that is not
-    routed as the forward pass was."""
+def test_a_group_gives_each_client_what_it_gets_alone(of, values, lab, tmp_path):
+    """Seen to fail with a loss that is the mean over the pooled batch's tokens, and with a recomputation
+    that meets another client's factors."""
     common = {"of": of, "double": True, "partition": "iid", "epochs": 1.0, "steps": None, "batch_size": 6, **values}
     together = lab.federation(tmp_path / "together", **common, simulation__group=0, simulation__token_budget=40)
     other = {name: value for name, value in common.items() if "checkpointing" not in name}
@@ -97,14 +96,12 @@ def test_peft_and_the_merged_model_answer_as_the_client_did(of, auto, values, la
     config = getattr(lab, of)(out=str(tmp_path / "run"), rounds=1, clients=2, **FAST, **values)
     list(lifecycle.run(config))
     own = finished.open_client(tmp_path / "run", "client-01")
-    on, _, _ = simulation.load_cohort(config, own.labels, 2)
-    on.write(1, own.factors, config.rank, config.lora_alpha)
-    on.route([1, 1])
+    model, _ = opened_again(config, own.factors, own.spec.labels)
     ids = torch.tensor([[2, 8, 9, 20], [2, 21, 30, 7]])
-    more = {"num_labels": len(own.labels), "ignore_mismatched_sizes": True} if of == "tagging" else {}
+    more = {"num_labels": len(own.spec.labels), "ignore_mismatched_sizes": True} if of == "tagging" else {}
     untuned = auto.from_pretrained(config.model, **more).eval()
     with torch.no_grad():
-        expected, before = on.model(input_ids=ids).logits, untuned(input_ids=ids).logits
+        expected, before = model(input_ids=ids).logits, untuned(input_ids=ids).logits
         loaded = PeftModel.from_pretrained(untuned, tmp_path / "run" / "adapters" / "client-01").eval()
         torch.testing.assert_close(loaded(input_ids=ids).logits, expected, atol=1e-5, rtol=1e-5)
         finished.export(tmp_path / "run", "client-01", tmp_path / "merged", merge=True)

@@ -170,3 +170,22 @@ def test_ctrl_c_reaches_the_caller_who_lets_the_processes_finish():
     assert said.split() == ["stopped", "stopped", "interrupted"]
     assert run.returncode == 0
     assert all(map(gone, pids))
+
+
+@pytest.mark.parametrize("forked", [True, False])
+def test_jobs_that_change_what_they_share_have_it_to_themselves(forked, monkeypatch):
+    """In processes of their own, or in turn where none are forked. Seen to fail in threads, which met in mid-change."""
+    if forked and not FORKS:
+        pytest.skip("processes are forked on Linux alone")
+    monkeypatch.setattr(workers, "forks", lambda: forked)
+    torch.set_num_threads(2)
+    carried = [0]
+
+    def job(number: int, worker: Worker) -> tuple[int, int]:
+        carried[0] = number
+        time.sleep(0.05)
+        return carried[0], os.getpid()
+
+    found = side_by_side([partial(job, number) for number in range(4)], apart=True)
+    assert [one[0] for one in found] == [0, 1, 2, 3]
+    assert all((one[1] == os.getpid()) != forked for one in found)

@@ -11,8 +11,10 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from fedtri.adapters.layout import Key
 from fedtri.errors import FedtriError
 from fedtri.models import peft
-from fedtri.runs import finished, lifecycle, simulation
-from tiny import LABELS, SIZES, assert_same, effective
+from fedtri.runs import finished, lifecycle
+from fedtri.runs.opening import Machine, initial, open_model
+from fedtri.runs.spec import spec_of
+from tiny import LABELS, SIZES, assert_same, effective, opened_again
 
 CHOICES = [(kind, "auto") for kind in sorted(SIZES)] + [
     ("bert", "query,intermediate.dense"),
@@ -39,13 +41,10 @@ def trained(lab, tmp_path):
     return run
 
 
-def by_the_cohort(config, own) -> torch.Tensor:
+def by_the_client(config, own) -> torch.Tensor:
     """The client's logits as it saw them itself."""
-    on, tokenizer, _ = simulation.load_cohort(config, LABELS, 2)
-    on.write(1, own, config.rank, config.lora_alpha)
-    on.route([1] * len(SENTENCES))
-    with torch.no_grad():
-        return on.model(**tokenizer(SENTENCES, return_tensors="pt", padding=True)).logits
+    model, tokenizer = opened_again(config, own, LABELS)
+    return by(model, tokenizer)
 
 
 def by(model, tokenizer) -> torch.Tensor:
@@ -67,7 +66,7 @@ def test_an_adapter_of_the_last_layers_alone_is_loaded_on_those(kind, trained):
     assert {key.layer for key in own if key.factor == "A"} == {
         name.removeprefix("base_model.model.").removesuffix(".lora_A.default.weight") for name in adapted
     }
-    expected = by_the_cohort(config, own)
+    expected = by_the_client(config, own)
     torch.testing.assert_close(by(loaded, AutoTokenizer.from_pretrained(config.model)), expected, atol=1e-5, rtol=1e-5)
 
 
@@ -80,7 +79,7 @@ def test_peft_and_the_merged_model_answer_as_the_client_did(kind, targets, train
     own = finished.open_client(folder, CLIENT).factors
     C = next(value for key, value in own.items() if key.factor == "C")
     assert not torch.equal(C, torch.eye(3))
-    expected = by_the_cohort(config, own)
+    expected = by_the_client(config, own)
     tokenizer = AutoTokenizer.from_pretrained(config.model)
     loaded = PeftModel.from_pretrained(base(config), folder / "adapters" / CLIENT)
     untuned = by(base(config), tokenizer)
@@ -135,7 +134,7 @@ def test_a_head_with_a_target_like_name_comes_back_whole(kind, trained):
     own = finished.open_client(folder, CLIENT).factors
     loaded = PeftModel.from_pretrained(base(config), folder / "adapters" / CLIENT)
     tokenizer = AutoTokenizer.from_pretrained(config.model)
-    torch.testing.assert_close(by(loaded, tokenizer), by_the_cohort(config, own), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(by(loaded, tokenizer), by_the_client(config, own), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("alpha", [6.0, 1.5])
@@ -149,7 +148,7 @@ def test_an_exported_adapter_is_a_start_with_the_same_update(kind, alpha, traine
         tmp_path / "next", kind=kind, init_adapter=adapter, lora_alpha=alpha, method="fedit", targets="auto"
     )
     first = built.site.initial(CLIENT)
-    for layer in built.site.cohort.layout.layers:
+    for layer in built.spec.layout.layers:
         update = effective(own, layer.name, 6.0 / 3)
         assert update.norm() > 0
         torch.testing.assert_close(effective(first, layer.name, alpha / 3), update)
@@ -167,9 +166,10 @@ def test_pefts_own_adapter_is_a_start(lab, tmp_path):
             value.data = torch.randn(value.shape, generator=rng) / 3
     foreign.save_pretrained(tmp_path / "foreign")
     config = config.model_copy(update={"init_adapter": str(tmp_path / "foreign")})
-    on, tokenizer, head = simulation.load_cohort(config, LABELS, 1)
-    first = simulation.start(config, on, head, "kaiming")
-    torch.testing.assert_close(by_the_cohort(config, first), by(foreign, tokenizer), atol=1e-5, rtol=1e-5)
+    spec = spec_of(config, [CLIENT], LABELS)
+    opened = open_model(spec, Machine.of(config))
+    first, tokenizer = initial(spec, opened, 3), opened.processor
+    torch.testing.assert_close(by_the_client(config, first), by(foreign, tokenizer), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ def test_what_exists_is_not_overwritten(trained, tmp_path):
     own = finished.open_client(folder, CLIENT).factors
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    on, _, _ = simulation.load_cohort(config, LABELS, 1)
+    on = open_model(spec_of(config, [CLIENT], LABELS), Machine.of(config)).adapted
     for write in (
         lambda: peft.write_peft(tmp_path / "mine", own, on, alpha=6.0, base_model="m", task_type="SEQ_CLS"),
         lambda: finished.export(folder, CLIENT, tmp_path / "mine"),

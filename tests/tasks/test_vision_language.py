@@ -7,8 +7,8 @@ from peft import PeftModel
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from fedtri.errors import FedtriError
-from fedtri.runs import finished, lifecycle, simulation
-from tiny import llava, rounds
+from fedtri.runs import finished, lifecycle
+from tiny import llava, opened_again, rounds
 
 CLIENT = "client-01"
 CHAT = (
@@ -50,7 +50,7 @@ def test_a_chat_template_is_followed(lab, tmp_path):
     for part in (model, processor):
         part.save_pretrained(tmp_path / "model")
     built = lab.federation(tmp_path / "x", **asked(lab, model=str(tmp_path / "model")))
-    batch = built.site.examples.batch(np.array([0]))
+    batch = built.site.executor.examples.batch(np.array([0]))
     said = words_of(batch["input_ids"][0][batch["labels"][0] != -100])
     assert said.split() == ["deep", "red", "</s>"]
     assert (batch["input_ids"][0] == 4).sum() == 4
@@ -104,15 +104,13 @@ def test_peft_and_the_merged_model_answer_as_the_client_did(lab, tmp_path):
     config = lab.config(**asked(lab, out=str(tmp_path / "run"), rounds=1, clients=2, steps=4, learning_rate=1e-2))
     list(lifecycle.run(config))
     own = finished.open_client(tmp_path / "run", CLIENT)
-    on, _, _ = simulation.load_cohort(config, own.labels, 2)
-    on.write(1, own.factors, config.rank, config.lora_alpha)
-    on.route([1, 1])
-    batch = lab.federation(tmp_path / "x", **asked(lab)).site.examples.batch(np.array([0, 4]))
+    model, _ = opened_again(config, own.factors, own.spec.labels)
+    batch = lab.federation(tmp_path / "x", **asked(lab)).site.executor.examples.batch(np.array([0, 4]))
     inputs = {name: batch[name] for name in ("input_ids", "pixel_values")}
     assert "attention_mask" not in batch
     untuned = LlavaForConditionalGeneration.from_pretrained(config.model).eval()
     with torch.no_grad():
-        expected, before = on.model(**inputs).logits, untuned(**inputs).logits
+        expected, before = model(**inputs).logits, untuned(**inputs).logits
         loaded = PeftModel.from_pretrained(untuned, tmp_path / "run" / "adapters" / CLIENT).eval()
         torch.testing.assert_close(loaded(**inputs).logits, expected, atol=1e-4, rtol=1e-4)
         finished.export(tmp_path / "run", CLIENT, tmp_path / "merged", merge=True)
