@@ -4,7 +4,7 @@ import csv
 import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +35,13 @@ from fedtri import config
 from fedtri.adapters.factors import effective_update
 from fedtri.adapters.layout import Factors, Key
 from fedtri.adapters.model import load
-from fedtri.execution.executor import Scoring
+from fedtri.execution.executor import OnStep, Scoring
 from fedtri.federation import loop
-from fedtri.methods import METHODS
 from fedtri.runs import simulation
 from fedtri.runs.opening import Machine, open_model
 from fedtri.runs.spec import spec_of
 from fedtri.storage.client_store import ClientStore
+from fedtri.testing.compare import assert_same as assert_same
 
 LABELS = ("animals", "plants", "stones")
 WORDS = {
@@ -320,14 +320,20 @@ class Lab:
         return config.validated(table)
 
     def federation(
-        self, store: Path, *, double: bool = False, of: str = "config", **values: Any
+        self,
+        store: Path,
+        *,
+        double: bool = False,
+        of: str = "config",
+        on_step: OnStep = lambda client, step, loss: None,
+        **values: Any,
     ) -> simulation.Federation:
         """A federation with its clients' tensors under `store`; in float64, on the wire too, where `double`.
 
         `of` is the method that makes its config: config, language, tagging.
         """
         values |= {"wire__dtype": "float64"} if double else {}
-        built = simulation.build(getattr(self, of)(**values), ClientStore(store))
+        built = simulation.build(getattr(self, of)(**values), ClientStore(store), on_step)
         if double:
             built.opened.adapted.model.double()
         return built
@@ -349,9 +355,6 @@ DEFAULTS: dict[str, Any] = {
 
 NEEDS: dict[str, dict[str, Any]] = {"ravan": {"rank": 4}}
 """Config a method cannot do without, by name; a method that is not here is held to the laws with its defaults."""
-LAWFUL: list[tuple[str, dict[str, Any]]] = [(name, NEEDS.get(name, {})) for name in METHODS] + [
-    ("ce_lora", {"method_options": {"basis": "shared"}})
-]
 
 
 def rounds(built: simulation.Federation, **changes: Any) -> Iterator[loop.Progress]:
@@ -396,21 +399,3 @@ def training_loss(built: simulation.Federation) -> float:
 def effective(factors: Mapping[Key, Tensor], layer: str, scale: float = 1.0) -> Tensor:
     """ΔW, with the dense residual of the methods that have one."""
     return effective_update(factors, layer, scale) + factors.get(Key(layer, "W"), torch.zeros(()))
-
-
-def assert_same(a: object, b: object, where: str = "", **tolerance: float) -> None:
-    """Two values, nested in mappings and dataclasses, agree: bit for bit, or their tensors within atol and rtol."""
-    if isinstance(a, Mapping):
-        assert isinstance(b, Mapping)
-        assert a.keys() == b.keys(), where
-        for key, value in a.items():
-            assert_same(value, b[key], f"{where}[{key}]", **tolerance)
-    elif is_dataclass(a):
-        for part in fields(a):
-            assert_same(getattr(a, part.name), getattr(b, part.name), f"{where}.{part.name}", **tolerance)
-    elif isinstance(a, Tensor | np.ndarray):
-        found, wanted = torch.as_tensor(a), torch.as_tensor(b)
-        close = {"atol": 0, "rtol": 0} | tolerance
-        torch.testing.assert_close(found, wanted, equal_nan=True, msg=lambda m: f"{where}: {m}", **close)
-    else:
-        assert a == b, where

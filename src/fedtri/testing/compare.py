@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-def assert_same(a: object, b: object, where: str = "", **tolerance: float) -> None:
+def assert_same(a: object, b: object, where: str = "", **tolerance: float | int) -> None:
     """Raises AssertionError where two values differ.
 
     Args:

@@ -143,7 +143,7 @@ def alive(world: World) -> None:
     rank = world.config().rank
     assert isinstance(rank, int)
     ranks = [1, rank, max(1, rank // 2), rank] if world.method.adapter.mixed_ranks else rank
-    built = world.federation("alive", fraction=0.5, rounds=4, seed=1, **{"rank": ranks})
+    built = world.federation("alive", fraction=0.5, rounds=4, seed=1, rank=ranks)
     for progress in rounds(built):
         for name, own in tensors(built).items():
             for layer in built.spec.layout.layers:
