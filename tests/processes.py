@@ -12,6 +12,9 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -33,13 +36,14 @@ class Child:
             self.code = os.waitstatus_to_exitcode(ended[1])
         return self.code is None
 
-    def until(self, true: Callable[[], object], seconds: float = 120) -> None:
-        """Wait until something holds. Fails where the process ends before, or it takes longer."""
+    def until(self, found: Callable[[], T], seconds: float = 120) -> T:
+        """The first true value, for which it waits. Fails where the process ends before, or it takes longer."""
         stop = time.monotonic() + seconds
-        while not true():
+        while not (value := found()):
             assert self.running(), f"ended with {self.code}: {self.errors.read_text()}"
             assert time.monotonic() < stop, f"not within {seconds:g} s: {self.output.read_text()}"
             time.sleep(0.002)
+        return value
 
     def wait(self, seconds: float = 120) -> int:
         """Its exit code, once it has ended."""
@@ -70,6 +74,8 @@ def fork(folder: Path, run: Callable[[], object]) -> Child:
     output, errors = folder / "output", folder / "errors"
     sys.stdout.flush()
     sys.stderr.flush()
+    for file in (output, errors):
+        file.touch()
     if pid := os.fork():
         return Child(pid, output, errors)
     code = 1
@@ -98,5 +104,17 @@ def script(folder: Path, path: Path | str, *arguments: str) -> Child:
         sys.argv = [str(path), *arguments]
         sys.path.insert(0, str(Path(path).parent))
         runpy.run_path(str(path), run_name="__main__")
+
+    return fork(folder, run)
+
+
+def fedtri(folder: Path, *words: object) -> Child:
+    """`fedtri WORDS` in a process of its own."""
+
+    def run() -> None:
+        from fedtri.cli import main
+
+        sys.argv = ["fedtri", *map(str, words)]
+        main.main()
 
     return fork(folder, run)

@@ -1,11 +1,8 @@
 """`fedtri run` and `resume` as their user meets them: what they print and write, and what Ctrl-C leaves."""
 
-import contextlib
 import json
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +11,7 @@ import torch
 from fedtri import tasks
 from fedtri.cli.runs import proposal
 from fedtri.storage import checkpoint
+from processes import fedtri
 
 
 def test_a_run_prints_plain_lines_and_leaves_what_the_readme_promises(command, tiny, tmp_path):
@@ -97,30 +95,18 @@ def test_a_run_that_is_interrupted_says_how_to_go_on_and_ends_as_if_it_had_not_b
     assert "the run began on 64 threads" in command("resume", tmp_path / "elsewhere")[1]
 
 
-def _hear_interrupts() -> None:
-    """A shell that runs the tests in the background has children ignore SIGINT, and Python respects that."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-@pytest.mark.slow
-def test_ctrl_c_and_a_second_run_on_the_same_folder_for_real(lab, tiny, tmp_path):
-    fedtri_command = [sys.executable, "-c", "from fedtri.cli.main import main; main()"]
-    args = ["run", *map(str, tiny), "--rounds", "100000", "--out", str(tmp_path / "run")]
-    running = subprocess.Popen(
-        [*fedtri_command, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        preexec_fn=_hear_interrupts,
-    )  # fmt: skip
+def test_ctrl_c_and_a_second_run_on_the_same_folder_for_real(command, tiny, tmp_path):
+    words = ["run", *tiny, "--rounds", "100000", "--out", tmp_path / "run"]
+    running = fedtri(tmp_path / "said", *words)
     try:
-        assert running.stdout is not None
-        assert any(line.startswith("round 2/") for line in running.stdout)
-        second = subprocess.run([*fedtri_command, *args], capture_output=True, text=True, timeout=120, check=False)
-        assert (second.returncode, second.stdout) == (2, "")
-        assert second.stderr.startswith("fedtri: ")
-        assert "is in use by a running run" in second.stderr
-        running.send_signal(signal.SIGINT)
-        _, error = running.communicate(timeout=60)
-        assert running.returncode == 130
-        assert error == f"fedtri: interrupted; go on from the last round with: fedtri resume {tmp_path / 'run'}\n"
+        running.until(lambda: "round 2/" in running.output.read_text())
+        code, out, error = command(*words)
+        assert (code, out) == (2, "")
+        assert error.startswith("fedtri: ")
+        assert "is in use by a running run" in error
+        running.send(signal.SIGINT)
+        assert running.wait() == 130
+        said = f"fedtri: interrupted; go on from the last round with: fedtri resume {tmp_path / 'run'}\n"
+        assert running.errors.read_text() == said
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            running.kill()
+        running.kill()

@@ -2,12 +2,7 @@
 
 import json
 import math
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,16 +18,10 @@ from fedtri.runs import lifecycle
 from fedtri.state import Deliveries, ServerState, Similarity
 from fedtri.storage import checkpoint, run_directory
 from fedtri.storage.client_store import ClientStore
+from processes import fedtri
 from tiny import Lab, assert_same
 
 WANTED = {"method": "ce_lora", "rounds": 4, "clients": 4, "steps": 6, "fraction": 0.8, "simulation__group": 1}
-FEDTRI = [sys.executable, "-c", "from fedtri.cli.main import main; main()"]
-
-
-def fedtri(*arguments: object) -> subprocess.Popen:
-    """The real command in a process of its own."""
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-    return subprocess.Popen([*FEDTRI, *map(str, arguments)], env={**os.environ, "OMP_NUM_THREADS": "1"}, **quiet)
 
 
 @pytest.fixture(scope="module")
@@ -50,12 +39,9 @@ def killed(lab: Lab, tmp_path_factory) -> Path:
     place = tmp_path_factory.mktemp("killed")
     folder = place / "run"
     (place / "run.toml").write_text(config.dumps(lab.config(**WANTED)))
-    process = fedtri("run", place / "run.toml", "--out", folder)
-    while not (begun := list(folder.glob("clients/*/00003-trained.safetensors"))):
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.002)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    running = fedtri(place / "said", "run", place / "run.toml", "--out", folder)
+    begun = running.until(lambda: list(folder.glob("clients/*/00003-trained.safetensors")))
+    running.kill()
     assert len(begun) < 3
     assert not (folder / "checkpoints" / "00003.json").exists()
     assert len(run_directory.read_rounds(folder)) == 2
@@ -81,13 +67,12 @@ def assert_the_same_end(folder: Path, never: Path) -> None:
     assert results[0] == results[1]
 
 
-def test_a_run_killed_in_a_round_and_resumed_ends_as_one_never_killed(remains, never):
+def test_a_run_killed_in_a_round_and_resumed_ends_as_one_never_killed(remains, never, tmp_path):
     """With the real commands. Seen to fail with batches seeded without the round, and with a client's file that the
     killed round wrote taken as what the checkpoint left (the same name a save, overwritten in place).
     """
-    process = fedtri("resume", remains)
-    _, said = process.communicate(timeout=120)
-    assert process.returncode == 0, said
+    resumed = fedtri(tmp_path / "said", "resume", remains)
+    assert resumed.wait() == 0, resumed.errors.read_text()
     assert_the_same_end(remains, never)
 
 

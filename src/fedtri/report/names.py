@@ -6,7 +6,7 @@ NARROWEST_SPAN = 0.1
 """The least that an axis of accuracies shows: 10 points, so that differences within one seed's noise look small."""
 
 
-def amount(count: float) -> str:
+def amount(count: int | float) -> str:
     """Bytes as people read them; "–" where unknown."""
     if not math.isfinite(count):
         return "–"
