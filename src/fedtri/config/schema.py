@@ -40,7 +40,7 @@ class DataOptions(Strict):
 
 
 class Columns(Strict):
-    """[columns]: which column of the data is what to the task; without a name, the usual ones are looked for."""
+    """[columns]: the column for each role of the task; for a role that is left out, the usual names are tried."""
 
     text: str | None = None
     text_pair: str | None = None
@@ -54,7 +54,7 @@ class Columns(Strict):
 
 
 class ModelOptions(Strict):
-    """[model_options]: how the frozen weights are kept, and whether layers are run again instead of remembered.
+    """[model_options]: how the frozen weights are kept, and whether activations are computed again to save memory.
 
     "auto" is the checkpoint's own number type. Adapters are float32. 8bit and 4bit need bitsandbytes. With
     `mixed_precision` a float32 model's frozen linear layers multiply in bfloat16.
@@ -203,7 +203,7 @@ class Config(Strict):
 
 
 def load(path: str | Path | None = None, settings: Sequence[str] = (), **flags: object) -> Config:
-    """A config from a TOML file (or the defaults), overridden by flags that are not None, then by `key=value` settings.
+    """The configuration in a TOML file (or the defaults), overridden by flags that are not None, then by settings.
 
     Raises FedtriError naming the file, the key, what was expected and what was found.
     """
@@ -251,7 +251,7 @@ def validated(values: Mapping[str, Any], where: str = "config", origins: Mapping
 
 
 def parse_setting(text: str) -> tuple[str, Any]:
-    """`key=value` or `table.key=value`; the value as TOML or, failing that, as a string."""
+    """The key and value of `key=value` or `table.key=value`. A value that is not TOML is a string."""
     key, equals, value = (part.strip() for part in text.partition("="))
     if not equals or not all(key.split(".")):
         raise FedtriError(f"--set {text}: expected key=value, such as rounds=3")

@@ -1,4 +1,4 @@
-"""Schemas that coerce nothing, and what is wrong with a value in one line: expected what, got what."""
+"""Schemas that coerce nothing, and one-line messages on what was expected and what was got."""
 
 import difflib
 import inspect
@@ -35,7 +35,7 @@ EXPECTED = {
 
 
 def checked_options(function: Callable[..., object], given: Mapping[str, Any], table: str, name: str) -> dict[str, Any]:
-    """What a config's table gives for a function's keyword-only options, types checked as strictly as any key's.
+    """The options that a configuration's table gives for a function, checked as strictly as any key.
 
     Raises FedtriError in one line that names table, key and the function's own `name`.
     """
@@ -84,7 +84,7 @@ def _key(schema: type[BaseModel], place: Sequence[int | str]) -> str:
 
 
 def _unknown(schema: type[BaseModel], key: str) -> str:
-    """That there is no such key, with the one that may be meant: in its own table, else anywhere."""
+    """Says that there is no such key, and which one may be meant: of its own table first, then of any."""
     names = _names(schema)
     table, _, last = key.rpartition(".")
     siblings = [name for name in names if name.rpartition(".")[0] == table]

@@ -52,7 +52,7 @@ class Place:
 
 
 def check(place: Place) -> Iterator[Finding]:
-    """Every finding, in an order in which each builds on those before it; one that fails leaves out what needs it."""
+    """All findings, in order. Where one fails, the findings that need it are left out."""
     settings = yield from _found("settings", lambda: _settings(place))
     yield from _found("key", lambda: _key(place.folder))
     yield from _found("server", lambda: _server(place))

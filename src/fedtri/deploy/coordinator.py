@@ -1,7 +1,7 @@
 """The server's half of a network run: the round loop of loop.py in a run directory like any other.
 
-The server has no data and loads no weights: shapes come from the model's configuration. A run directory that holds an
-unfinished run of the same configuration is gone on with, so that after a crash `flwr run` is all there is to do.
+The server has no data and loads no weights: shapes come from the model's configuration. An unfinished run in the run
+directory is continued where it has the same configuration: after a crash, `flwr run` is all there is to do.
 """
 
 import json

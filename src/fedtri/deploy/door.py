@@ -1,4 +1,4 @@
-"""Whom the SuperLink has turned away, read off its log: Flower tells apps nothing of nodes without a registered key."""
+"""Which nodes the SuperLink turned away, read from its log: Flower tells apps nothing of keys it does not know."""
 
 import ast
 import base64
@@ -18,14 +18,14 @@ from cryptography.hazmat.primitives.serialization import (
 LOGGED = "superlink.log"
 """The file's name under FLWR_HOME, as the server's start script gives it."""
 MOST = 1 << 20
-"""Bytes of the log that are read at a time, and not more: strangers can make it grow."""
+"""The most bytes of the log that are read at a time: strangers can make it grow."""
 NAMED = 10
-"""Keys that are told of at a time, and not more, for the same reason."""
+"""The most keys that are reported at a time, for the same reason."""
 TURNED_AWAY = re.compile(r"Attempted to register SuperNode with public key: (b'[^']{1,2000}')")
 
 
 class Door:
-    """The log from now on; nothing where there is none."""
+    """Reads what the log gets from now on; where there is no log, it reports nothing."""
 
     def __init__(self, path: Path | None = None) -> None:
         home = os.environ.get("FLWR_HOME")
@@ -34,7 +34,7 @@ class Door:
         self._at = self._size()
 
     def turned_away(self) -> list[str]:
-        """The fingerprints, as `ssh-keygen -lf KEY.pub` shows them, of keys turned away and not told of before."""
+        """The keys turned away since the last call, each once, as `ssh-keygen -lf KEY.pub` shows fingerprints."""
         size = self._size()
         start = max(self._at if self._at <= size else 0, size - MOST)  # a smaller log is a new one
         self._at = size
@@ -52,7 +52,7 @@ class Door:
 
 
 def _bytes(said: str) -> bytes:
-    """The bytes that Python shows so; what is none stands for itself."""
+    """The bytes of this Python literal; of any other text, the text itself."""
     try:
         return ast.literal_eval(said)
     except (SyntaxError, ValueError):
@@ -60,7 +60,7 @@ def _bytes(said: str) -> bytes:
 
 
 def fingerprint(key: bytes) -> str:
-    """OpenSSH's SHA-256 fingerprint of a public key; of bytes that are none, their own."""
+    """OpenSSH's SHA-256 fingerprint of a public key; of bytes that are no key, a fingerprint of the bytes."""
     for load in (load_pem_public_key, load_ssh_public_key, load_der_public_key):
         try:
             found = load(key).public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)

@@ -1,4 +1,4 @@
-"""A site's own examples: read and tokenised once, split by the site's seed, kept on its disk until they change."""
+"""A site's own examples: read, tokenised and split once, and kept on the site's disk until they change."""
 
 import hashlib
 import io
@@ -21,7 +21,7 @@ from fedtri.tasks import Examples, Recipe
 
 @dataclass(frozen=True)
 class Found:
-    """A site's examples, the client's split of them, and where the sketch of them is (to be) kept."""
+    """A site's examples, the client's split of them, and the file that keeps the sketch of them."""
 
     examples: Examples
     split: Split
@@ -29,7 +29,7 @@ class Found:
 
 
 def load(config: Config, client: str, cache: Path, recipe: Recipe, processor: Any) -> Found:
-    """The site's examples, from the cache where data, model and settings are those that it was made of."""
+    """The site's examples: from the cache, where that was made of the same data, model and settings."""
     name = digest(config, client)
     path = cache / f"{name}.npz"
     if recipe.kept is None:
@@ -44,7 +44,7 @@ def load(config: Config, client: str, cache: Path, recipe: Recipe, processor: An
 
 
 def digest(config: Config, client: str) -> str:
-    """A name that changes with the data, the model's files and what the examples and the sketch are made with."""
+    """A name for the cache; it changes with the data, the model's files, and the settings that examples depend on."""
     said = {
         "layout": LAYOUT,
         "client": client,
@@ -57,7 +57,7 @@ def digest(config: Config, client: str) -> str:
 
 
 def flat(value: object, prefix: str) -> dict[str, np.ndarray]:
-    """A dataclass of arrays, numbers and such dataclasses as one table of arrays; what is None is left out."""
+    """A dataclass of arrays, numbers and further such dataclasses as one table of arrays, without what is None."""
     table: dict[str, np.ndarray] = {}
     for part in (part for part in fields(value) if part.init):  # pyright: ignore[reportArgumentType]
         own = getattr(value, part.name)
@@ -111,7 +111,7 @@ def _write(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def _state(name: str) -> list[object]:
-    """A file's or folder's path, sizes and times of change; of anything else the name alone."""
+    """The paths, sizes and times of change of a file or folder; of anything else, the name alone."""
     path = Path(name).expanduser()
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path] if path.is_file() else []
     return [name, [[str(p), (s := p.stat()).st_size, s.st_mtime_ns] for p in files]]

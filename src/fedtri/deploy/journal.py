@@ -1,4 +1,4 @@
-"""Which of a site's files were current after each phase of a run: so a round can be asked again, and is the same.
+"""Which of a site's files were current after each phase of a run, so that a round can be repeated exactly.
 
 A server that was killed resumes at its last checkpoint and asks for a round that the site has done already. The site
 then goes back to its own state before that round. It keeps as many rounds as the server keeps checkpoints.
@@ -21,7 +21,7 @@ NOTHING: Moment = (0, 0)
 
 
 def moment(phase: Phase, round: int) -> Moment:
-    """When this phase of this round (from 0, as tasks count) ends."""
+    """The moment at which this phase of this round (counted from 0) ends."""
     return (round + 1, 0) if phase == "train" else (round, 1)
 
 

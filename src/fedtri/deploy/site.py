@@ -59,7 +59,7 @@ class Opened:
 
 
 def node_of(values: Mapping[str, object], where: str = "node config") -> Node:
-    """The settings in a table, in which Flower writes `columns.label` for a key in a table. Raises FedtriError."""
+    """A site's settings from Flower's flat table, where a key of [columns] is `columns.KEY`. Raises FedtriError."""
     table: dict[str, Any] = {key: value for key, value in values.items() if "." not in key}
     for key, value in values.items():
         if key not in table:

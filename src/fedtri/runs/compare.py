@@ -35,7 +35,7 @@ class Member:
 
 @dataclass(frozen=True)
 class Plan:
-    """A comparison: its folder, its runs in order, the grid's keys, and the method differences are taken from."""
+    """A comparison: its folder, its runs in order, the grid's keys, and the method to compare others with."""
 
     folder: Path
     members: tuple[Member, ...]
@@ -45,7 +45,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Step:
-    """A run of the comparison before a round (`line` None: it begins), after one, or found finished (`kept`)."""
+    """An event of a comparison: a run begins (`line` is None), a round is over, or the run was finished before (`kept`)."""
 
     number: int
     of: int
@@ -65,7 +65,7 @@ def plan(
     settings: Sequence[str] = (),
     baseline: str | None = None,
 ) -> Plan:
-    """Every configuration of the comparison, checked before anything runs.
+    """All runs of a comparison, each configuration checked before anything runs.
 
     A [method_options] key, given in the file, by `settings` or in the grid, goes to the methods that have it.
 
@@ -89,7 +89,7 @@ def plan(
 
 
 def parse_grid(text: str) -> tuple[str, list[Any]]:
-    """`key=v1,v2` as the key and its values, each as TOML or, failing that, as a string."""
+    """The key and the values of `key=v1,v2`. A value that is not TOML is a string."""
     key, equals, values = text.partition("=")
     if not equals or not all(part.strip() for part in (key, *values.split(","))):
         raise FedtriError(f"--grid {text!r}: expected key=value,value,…")
@@ -125,7 +125,7 @@ def finished(folder: Path) -> list[Run]:
 
 
 def write(comparison: Plan) -> None:
-    """table.csv, table.md and report.html from the finished runs in the comparison's folder."""
+    """Write table.csv, table.md and report.html from the finished runs in the comparison's folder."""
     folder, baseline, found = comparison.folder, comparison.baseline, finished(comparison.folder)
     groups = tables.grouped(found)
     text = tables.markdown(tables.readable(groups, baseline)) + f"\n{tables.caption(groups, baseline)}\n"

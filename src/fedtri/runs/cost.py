@@ -1,6 +1,6 @@
 """What each method sends per client and round, from a model's configuration alone: no weights, no data, no training.
 
-The numbers are those of the plans and layouts that runs use; a tensor counts with its entries, framing is left out.
+Plans and layouts are those of a run. The bytes are those of the numbers alone, without framing.
 """
 
 import csv
@@ -22,7 +22,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Cost:
-    """A method's traffic: numbers and bytes of one client in one round on average, and of the whole run."""
+    """A method's traffic: numbers and bytes of one client in one round, on average, and the bytes of the whole run."""
 
     method: str
     up: float
@@ -43,11 +43,23 @@ def costs(
     rounds: int = 2,
     dtype: str = "float32",
 ) -> list[Cost]:
-    """Every method's cost with its defaults, the dearest first. One round down is what the round before changed.
+    """Every method's cost with its default options, the highest first.
 
-    `model` is a model folder, a config.json, or a name as in a run's configuration. CE-LoRA's sketch, sent once, and
-    a late client's first downlink are not in it; centralized, which moves the data, is left out, and so is a method
-    whose heads do not divide the rank. Raises FedtriError for a model, target or number type that is not known.
+    Left out are the sketch that CE-LoRA sends once, what a client is sent that joins late, methods that move the data,
+    and methods whose number of heads does not divide the rank.
+
+    Args:
+        model: A model folder, a config.json, or a name as in a configuration.
+        task: The task, which says what the head is.
+        rank: The adapter's rank.
+        targets: The layers to adapt, as in a configuration.
+        labels: The number of classes; None: as the model's configuration says.
+        clients: How many clients take part in a round.
+        rounds: How many rounds the run has. What comes down in a round is what the round before changed.
+        dtype: The number type on the wire.
+
+    Raises:
+        FedtriError: For a model, target or number type that is not known.
     """
     if dtype not in NUMBERS:
         raise FedtriError(f"--dtype: expected one of {', '.join(NUMBERS)}, got {dtype!r}")
@@ -78,7 +90,7 @@ def _travelling(spec: Spec, round: int) -> tuple[list[Shape], list[Shape]]:
 
 
 def write(path: Path, found: Sequence[Cost]) -> None:
-    """The table as JSON or CSV, by the file's ending. Raises FedtriError for another one."""
+    """Write the table as JSON or CSV, as the file's ending says. Raises FedtriError for another ending."""
     if path.suffix not in (".json", ".csv"):
         raise FedtriError(f"--out: expected a name ending in .json or .csv, got {path}")
     rows = [asdict(cost) for cost in found]

@@ -1,4 +1,4 @@
-"""A finished run's models: opened again, exported, scored, and asked."""
+"""The models of a finished run: exported, scored again, and asked."""
 
 import shutil
 import tempfile
@@ -118,7 +118,7 @@ def _served(folder: Path) -> str:
 
 
 def evaluate(folder: Path, client: str | None = None) -> dict[str, dict[str, float]]:
-    """Each client's test metrics (or one client's) with what it ended with, computed again from the run's own data.
+    """Score the final model of every client (or of one) on its test examples again, from the run's own data.
 
     Raises FedtriError for an unknown client, and where no round is finished.
     """
@@ -135,8 +135,10 @@ def evaluate(folder: Path, client: str | None = None) -> dict[str, dict[str, flo
 def evaluate_elsewhere(
     folder: Path, client: str, tasks: Sequence[str], *, limit: int | None = None, include: Path | None = None
 ) -> harness.Scores:
-    """What lm-evaluation-harness finds of a client's whole model. Raises FedtriError for a task that is no language
-    model's, and as `harness.evaluate` does."""
+    """Score a client's whole model on tasks of lm-evaluation-harness.
+
+    Raises FedtriError where the run's model is no language model, and as `harness.evaluate` does.
+    """
     task = open_client(folder, client).spec.recipe
     if task.peft_type != "CAUSAL_LM":
         raise FedtriError(f"--tasks: the harness asks causal language models, this run is {task.name}")
@@ -147,7 +149,7 @@ def evaluate_elsewhere(
 
 
 def predict(folder: Path, client: str, inputs: Sequence[str]) -> list[Answer]:
-    """What the client's tuned model says of each input, and what the model it started from says.
+    """What a client's tuned model answers to each input, and what the model that it started from answers.
 
     Raises FedtriError for an empty input, and for a task that answers nothing.
     """
