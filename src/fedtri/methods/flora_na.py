@@ -74,7 +74,7 @@ def nearest_average(
     singular, and free of a ridge's bias. It starts at p = q = weights, so no layer ends above FedAvg.
 
     A layer stops when neither B̂ nor Â moves by more than `tolerance` of its norm. Where clients' A are nearly equal,
-    p can still move much while the objective hardly falls: to stop by the objective would leave Â where rounding has it.
+    p can still move much while the objective hardly falls: to stop by the objective would leave Â to rounding.
 
     Returns:
         B̂, Â in the dtype of B and A, and p, q in float64. Cost: `gram_blocks`, then O(m²r² + m³) a half sweep.

@@ -45,7 +45,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Step:
-    """An event of a comparison: a run begins (`line` is None), a round is over, or the run was finished before (`kept`)."""
+    """A run of a comparison begins (`line` is None), a round of it is over, or it was finished before (`kept`)."""
 
     number: int
     of: int

@@ -77,7 +77,7 @@ def unmutated(world: World) -> None:
 
 
 def identical(world: World) -> None:
-    """Whatever the clients' sizes. Seen to fail with weights that sum to m / (m + 1), and with A and B both weighted."""
+    """Whatever the clients' sizes. Seen to fail with weights that sum to m / (m + 1), and with A and B weighted."""
     now = world.moment()
     built, first = now.federation, now.replies[0]
     site, mine = built.site, built.site.kept(first.client)
@@ -90,7 +90,7 @@ def identical(world: World) -> None:
         for layer in built.spec.layout.layers:
             before, after = (_update(factors, layer.name, site.scales.of(first)) for factors in (mine, held))
             assert before.norm() > 0, f"{layer.name} has no update after a round"
-            torch.testing.assert_close(after, before, atol=1e-9, rtol=1e-6, msg=lambda m: f"ΔW of {reply.client}: {m}")
+            assert_same(after, before, f"ΔW of {reply.client}", atol=1e-9, rtol=1e-6)
         for key in built.spec.layout.keys(frozenset("PH")):
             torch.testing.assert_close(held[key], mine[key], atol=1e-9, rtol=1e-6)
 
