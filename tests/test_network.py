@@ -20,7 +20,7 @@ from fedtri.storage.client_store import ClientStore
 from network import CLIENTS, Network, wait_for
 from tiny import assert_same, classifier, clients_tensors, rounds, tokenizer
 
-pytestmark = [pytest.mark.network, pytest.mark.xdist_group("network"), pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.network, pytest.mark.timeout(400)]
 
 
 @pytest.fixture(scope="session")

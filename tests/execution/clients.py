@@ -98,7 +98,7 @@ def examples(task: str = "classify", *, pairs: bool = False, prompts: bool = Tru
 def learning(task: str = "classify"):
     """The task itself."""
     if task == "continue":
-        return CausalLM(1, tokenizer(), Asking("none", 1, 1))
+        return CausalLM(tokenizer(), Asking("none", 1, 1))
     return TextClassification(4) if task == "classify" else TokenClassification(4)
 
 

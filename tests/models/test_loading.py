@@ -36,13 +36,17 @@ BUILT = {
 }
 AUTO = {
     "bert": {"query", "value"},
+    "electra": {"query", "value"},
     "roberta": {"query", "value"},
+    "xlm-roberta": {"query", "value"},
     "mpnet": {"q", "v"},
     "distilbert": {"q_lin", "v_lin"},
     "gpt2": {"c_attn"},
     "llama": {"q_proj", "v_proj"},
     "mistral": {"q_proj", "v_proj"},
     "qwen2": {"q_proj", "v_proj"},
+    "qwen3": {"q_proj", "v_proj"},
+    "gemma": {"q_proj", "v_proj"},
     "gpt_neox": {"query_key_value"},
     "clip": {"q_proj", "v_proj"},
     "clip_text_model": {"q_proj", "v_proj"},
