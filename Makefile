@@ -28,7 +28,7 @@ demo: install  ## fine-tune MiniLM across 8 clients with four methods, on two co
 	@scripts/demo $(BIN)
 
 test: develop  ## run all tests, one process a core with one thread each
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 check: develop  ## formatting, lint, types, and the one-way imports of the design
 	$(BIN)/ruff format --check .
