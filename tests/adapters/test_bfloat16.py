@@ -58,8 +58,8 @@ def passed(on: AdaptedModel, way: str) -> list[torch.Tensor]:
 def test_logits_and_gradients_are_float32s_to_bfloat16s_rounding(kind, way):
     """On every architecture, whose random weights make much of it; GPT-2 has no linear layers but its own Conv1D.
 
-    Seen to fail with every second row of a product left out. Electra's gradients are held together: one of 2 x 2 numbers
-    alone was 0.25 off, on one processor.
+    Seen to fail with every second row of a product left out. Electra's gradients are held together: one of 2 x 2
+    numbers alone was 0.25 off, on one processor.
     """
     exact = passed(adapted(kind, mixed_precision=False), way)
     found = passed(adapted(kind, mixed_precision=True), way)

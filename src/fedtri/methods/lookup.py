@@ -172,4 +172,4 @@ def _checked(name: str, function: object) -> MakeMethod:
             raise FedtriError(f"method: {name}: expected options with names, got {option}")
         if option.default is option.empty:
             raise FedtriError(f"method: {name}: option {option.name!r} has no default; give it one")
-    return function
+    return function  # pyright: ignore[reportReturnType]

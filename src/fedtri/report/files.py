@@ -32,7 +32,8 @@ def write(figures: Mapping[str, go.Figure], folder: Path, kind: str = "svg") -> 
     try:
         write_images(
             drawn, [str(path) for path in paths], scale=KINDS[kind],
-            width=[figure.layout.width for figure in drawn], height=[figure.layout.height for figure in drawn],
+            width=[figure.layout.width for figure in drawn],  # pyright: ignore[reportAttributeAccessIssue]
+            height=[figure.layout.height for figure in drawn],  # pyright: ignore[reportAttributeAccessIssue]
         )  # fmt: skip
     except RuntimeError as error:
         if "Chrome" not in str(error):

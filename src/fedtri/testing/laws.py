@@ -195,8 +195,10 @@ def resumes(world: World) -> None:
     assert found is not None
     again = world.federation("stopped", found=found, **common)
     assert_same(list(rounds(again, found=found))[-1].state, expected, "the state")
-    digests = ({name: saved.digest for name, saved in built.site.store.current.items()} for built in (again, never))
-    assert_same(*digests, "the clients' files")
+    resumed, whole = (
+        {name: saved.digest for name, saved in built.site.store.current.items()} for built in (again, never)
+    )
+    assert_same(resumed, whole, "the clients' files")
 
 
 def exports(world: World) -> None:
