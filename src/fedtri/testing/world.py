@@ -60,9 +60,9 @@ class World:
         """The folder of the tiny model and its tokenizer."""
         folder = self.folder / "model"
         if not folder.exists():
-            shape = BertConfig(  # pyright: ignore[reportCallIssue]
+            shape = BertConfig(
                 vocab_size=len(WORDS), hidden_size=12, num_hidden_layers=2, num_attention_heads=2, intermediate_size=20,
-                max_position_embeddings=24, num_labels=len(TOPICS), pad_token_id=0, initializer_range=0.3,
+                max_position_embeddings=24, num_labels=len(TOPICS), pad_token_id=0, initializer_range=0.3,  # pyright: ignore[reportCallIssue]
             )  # fmt: skip
             with torch.random.fork_rng():
                 torch.manual_seed(0)
