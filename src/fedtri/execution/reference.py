@@ -1,5 +1,7 @@
-"""What training and scoring a client means, in plain PyTorch: one client at a time, padded batches, the model's own
-forward pass. Every other executor must give the same results (float64: 1e-9).
+"""What training and scoring a client means, in plain PyTorch, one client at a time.
+
+Batches are padded and go through the model's own forward pass. Every other executor must give the same results
+(float64: 1e-9).
 
 A client's loss on a minibatch is the mean over the minibatch's loss terms (one a class, one a token of a response):
 Σ loss of each example / Σ terms of each example. Its gradient goes to `steps.py`. Dropout is off.

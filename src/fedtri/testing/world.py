@@ -19,6 +19,7 @@ from fedtri.federation import loop, server
 from fedtri.messages import Answer, Reply
 from fedtri.method import Method
 from fedtri.runs.simulation import Federation, build
+from fedtri.seeds import generator
 from fedtri.state import ServerState
 from fedtri.storage.checkpoint import Checkpoint
 from fedtri.storage.client_store import ClientStore
@@ -60,13 +61,17 @@ class World:
         """The folder of the tiny model and its tokenizer."""
         folder = self.folder / "model"
         if not folder.exists():
+            sizes = {"num_labels": len(TOPICS), "vocab_size": len(WORDS), "max_position_embeddings": 24}
             shape = BertConfig(
-                vocab_size=len(WORDS), hidden_size=12, num_hidden_layers=2, num_attention_heads=2, intermediate_size=20,
-                max_position_embeddings=24, num_labels=len(TOPICS), pad_token_id=0, initializer_range=0.3,  # pyright: ignore[reportCallIssue]
+                hidden_size=12, num_hidden_layers=2, num_attention_heads=2, intermediate_size=20, pad_token_id=0, **sizes
             )  # fmt: skip
             with torch.random.fork_rng():
-                torch.manual_seed(0)
-                BertForSequenceClassification(shape).save_pretrained(folder)
+                model = BertForSequenceClassification(shape)
+            rng = generator(0, "world")
+            with torch.no_grad():
+                for weight in (one for one in model.parameters() if one.dim() > 1):
+                    weight.copy_(0.3 * torch.randn(weight.shape, generator=rng))
+            model.save_pretrained(folder)
             _tokenizer().save_pretrained(folder)
         return folder
 
