@@ -61,7 +61,12 @@ class World:
         """The folder of the tiny model and its tokenizer."""
         folder = self.folder / "model"
         if not folder.exists():
-            sizes = {"num_labels": len(TOPICS), "vocab_size": len(WORDS), "max_position_embeddings": 24, "pad_token_id": 0}
+            sizes: dict[str, Any] = {
+                "num_labels": len(TOPICS),
+                "vocab_size": len(WORDS),
+                "max_position_embeddings": 24,
+                "pad_token_id": 0,
+            }
             shape = BertConfig(
                 hidden_size=12, num_hidden_layers=2, num_attention_heads=2, intermediate_size=20, **sizes
             )  # fmt: skip
