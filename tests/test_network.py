@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.network, pytest.mark.timeout(400)]
 
 @pytest.fixture(scope="module")
 def net(lab, tmp_path_factory) -> Iterator[Network]:
-    """One SuperLink and four SuperNodes for all tests here; left running, they would take a quarter of a core from the rest."""
+    """One SuperLink and four SuperNodes for all tests here. Left running, they take a quarter of a core."""
     net = Network(tmp_path_factory.mktemp("network") / "fed", lab)
     try:
         for client in CLIENTS:
