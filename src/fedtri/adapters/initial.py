@@ -16,17 +16,19 @@ def initial_factors(
     """What every client starts from, derived from the run's seed and never sent.
 
     "kaiming": A Kaiming-uniform as in PEFT, C = I, B = 0. "orthonormal": rows of A and columns of B orthonormal,
-    C = 0. Either way ΔW = 0. The rows of a smaller rank are the first rows of a larger one. S = 1. A second adapter
-    starts with a Kaiming-uniform, b = 0.
+    C = 0. "orthonormal_rows": that A, C = I, B = 0. Each way ΔW = 0. The rows of a smaller rank are the first rows of
+    a larger one. S = 1. A second adapter starts with a Kaiming-uniform, b = 0.
     """
     factors: dict[Key, Tensor] = {}
     for layer in layout.layers:
-        if basis == "orthonormal":
+        B, C = torch.zeros(layer.d_out, rank), torch.eye(rank)
+        if basis == "kaiming":
+            A = _kaiming(layer, "A", rank, seed)
+        else:
             A = _orthonormal(layer.d_in, rank, generator(seed, "A", layer.name)).mT.contiguous()
+        if basis == "orthonormal":
             B = _orthonormal(layer.d_out, rank, generator(seed, "B", layer.name))
             C = torch.zeros(rank, rank // layout.heads)
-        else:
-            A, B, C = _kaiming(layer, "A", rank, seed), torch.zeros(layer.d_out, rank), torch.eye(rank)
         factors |= {Key(layer.name, "A"): A, Key(layer.name, "C"): C, Key(layer.name, "B"): B}
         if "S" in layout.extra:
             factors[Key(layer.name, "S")] = torch.ones(layout.heads)

@@ -24,16 +24,22 @@ def build(
     head: str = "default",
     adapter: str = "lora",
     optimizer: ServerOptimizer | None = None,
+    weights: str = "default",
 ) -> Method:
-    """The method of this name with its options, for this kind of adapter, with this head and server optimiser.
+    """The method of this name with its options, for this kind of adapter, with this head, weights and server optimiser.
 
     Raises FedtriError as `lookup.make` and `as_run` do.
     """
-    return as_run(lookup.make(name, options), head=head, adapter=adapter, optimizer=optimizer)
+    return as_run(lookup.make(name, options), head=head, adapter=adapter, optimizer=optimizer, weights=weights)
 
 
 def as_run(
-    method: Method, *, head: str = "default", adapter: str = "lora", optimizer: ServerOptimizer | None = None
+    method: Method,
+    *,
+    head: str = "default",
+    adapter: str = "lora",
+    optimizer: ServerOptimizer | None = None,
+    weights: str = "default",
 ) -> Method:
     """The method as a run uses it.
 
@@ -42,12 +48,16 @@ def as_run(
         head: "shared": H travels both ways; "personal": it stays home; "default": as the method's paper has it.
         adapter: The kind of adapter: lora, dora or hira.
         optimizer: Follows the move of what the server shares.
+        weights: "examples": a client counts by its number of examples; "uniform": all alike; "default": as the
+            method's paper or its authors' code has it.
 
     Raises:
         FedtriError: For a kind of adapter that the method is not defined for, or a server optimiser where what is
             shared is no average.
     """
     method = with_head(with_adapter(method, adapter), head)
+    if weights != "default":
+        method = replace(method, weights=weights)
     method = replace(method, aggregate=_with_averages(method))
     return method if optimizer is None else with_optimizer(method, optimizer)
 
@@ -108,10 +118,13 @@ def scope(method: Method) -> str:
 
 
 def _with_averages(method: Method) -> Aggregate:
-    """The method's aggregation of what is its own, and the mean of a head or magnitudes that travel."""
+    """The method's aggregation of what is its own, and the mean of a head or magnitudes that travel.
+
+    Here clients get their weights: replies that count alike hold one example each.
+    """
 
     def aggregate(state: ServerState, replies: Sequence[Reply]) -> ServerState:
-        up = method.plan(state.round - 1).up
+        up, replies = method.plan(state.round - 1).up, means.counted(replies, method.weights)
         if up - AVERAGED:
             state = method.aggregate(state, replies)
         if averaged := up & AVERAGED:
