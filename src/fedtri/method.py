@@ -1,7 +1,7 @@
 """Defines a method: what travels in each round, how a client trains, and how the server combines the replies."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from fedtri.adapters.layout import Factors
@@ -57,6 +57,9 @@ class AdapterSpec:
     personal_copy: bool = False
     """Whether a client keeps a second adapter and head at home, under `LocalRound.remember("personal", …)`, and reports
     its scores as NAME_personal."""
+    learning_rates: Mapping[str, float] = field(default_factory=dict)
+    """The learning rate of a factor, by its letter, where it wants one of its own: a core C wants a larger one than A
+    and B. The configuration's [optimizer.learning_rates] wins."""
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
 `reference.py` defines what that means, one client at a time; every other executor must agree with it.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -32,6 +32,8 @@ class Optimization:
     betas: tuple[float, float] = (0.9, 0.999)
     clip: float | None = 1.0
     """The largest norm of a client's gradient over all that learns; None: any."""
+    learning_rates: Mapping[str, float] = field(default_factory=dict)
+    """The learning rate of a factor, by its letter, where it is not `learning_rate`. The schedule scales all alike."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from transformers import AutoConfig
 
 from fedtri import methods, tasks
 from fedtri.adapters.layer import Kind, shape_of
-from fedtri.adapters.layout import Layer, Layout
+from fedtri.adapters.layout import FACTORS, Layer, Layout
 from fedtri.aggregation import server_optimizers
 from fedtri.communication.codec import Codec, SketchSize
 from fedtri.communication.numbers import NUMBERS
@@ -126,7 +126,7 @@ def spec_of(
     method, recipe = method_of(config, method), task_of(config)
     names = sorted(clients)
     ranks = client_ranks(config.rank, names, config.seed)
-    how, patience = optimization_of(config), config.early_stopping.patience
+    how, patience = optimization_of(config, method), config.early_stopping.patience
     if patience is not None and config.split.validation == 0:
         raise FedtriError("early_stopping.patience: needs validation examples; set split.validation above 0")
     if method.plan(0).pooled:  # one pseudo-client does the work of all who take part
@@ -198,13 +198,24 @@ def method_of(config: Config, instead: Method | None = None) -> Method:
     return method
 
 
-def optimization_of(config: Config) -> Optimization:
-    """How a client trains in one round."""
+def optimization_of(config: Config, method: Method) -> Optimization:
+    """How a client of this method trains in one round.
+
+    Raises FedtriError for the learning rate of a factor that the method does not train.
+    """
     table = config.optimizer
+    learns = frozenset[str]().union(*(method.plan(round).train for round in range(max(2, config.rounds))))
+    for factor in table.learning_rates:
+        if factor not in learns:
+            raise FedtriError(
+                f"optimizer.learning_rates.{factor}: {method.name} does not train {factor}, expected one of "
+                f"{', '.join(f for f in FACTORS if f in learns)}; leave it out"
+            )
     return Optimization(
         steps=config.steps, epochs=config.epochs, batch_size=config.batch_size, learning_rate=config.learning_rate,
         schedule=table.schedule, warmup=table.warmup, weight_decay=table.weight_decay,
         betas=(table.betas[0], table.betas[1]), clip=table.clip or None,
+        learning_rates={**method.adapter.learning_rates, **table.learning_rates},
     )  # fmt: skip
 
 
