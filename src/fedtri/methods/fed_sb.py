@@ -31,7 +31,7 @@ def fed_sb() -> Method:
         PAPER,
         lambda _: plan,
         aggregate,
-        adapter=AdapterSpec(basis="orthonormal"),
+        adapter=AdapterSpec(basis="orthonormal", core=True),
         averages=True,
         weights="uniform",
     )

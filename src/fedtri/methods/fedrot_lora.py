@@ -46,7 +46,7 @@ def fedrot_lora(*, by: str = "alternate", strength: float = 1.0) -> Method:
 
         def solve(group: pairs.Pairs) -> pairs.Pair:
             B, A = group.B, group.A
-            if Key(group.layers[0], "A") in state.shared:
+            if Key(group.layers[0], "B") in state.shared:
                 R = _rotation(state, group, aligns, strength)
                 B, A = (B.double() @ R).to(B.dtype), (R.mT @ A.double()).to(A.dtype)
             return means.mean_of(B, weights), means.mean_of(A, weights)

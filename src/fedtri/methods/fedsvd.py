@@ -46,4 +46,5 @@ def fedsvd(*, every: int = 1) -> Method:
             shared |= {key: (U * S).to(B.dtype), core: Wh.to(B.dtype)}
         return means.share(state, shared)
 
-    return Method("fedsvd", PAPER, lambda _: plan, aggregate, adapter=AdapterSpec(basis="orthonormal_rows"))
+    adapter = AdapterSpec(basis="orthonormal", bases=("orthonormal", "weights", "gradient"))
+    return Method("fedsvd", PAPER, lambda _: plan, aggregate, adapter=adapter)

@@ -71,6 +71,8 @@ class Spec:
     """Whether each client's head has the classes of its own examples alone."""
     init_adapter: str | None
     """A PEFT adapter to start from."""
+    basis_examples: int
+    """From how many training examples a client computes its gradient for a basis, at most."""
     fingerprint: bytes
     """8 bytes that differ where any setting differs that both ends must share."""
     method: Method = field(compare=False, repr=False)
@@ -157,6 +159,7 @@ def spec_of(
         seed=config.seed,
         own_classes=config.labels == "own",
         init_adapter=config.init_adapter,
+        basis_examples=config.basis_examples,
         fingerprint=fingerprint_of(config),
         method=method,
         recipe=recipe,
@@ -189,7 +192,9 @@ def method_of(config: Config, instead: Method | None = None) -> Method:
         step = server_optimizers.optimizer(server.optimizer, learning_rate=server.learning_rate, betas=betas)
     if instead is None:
         instead = methods.make(config.method, config.method_options)
-    method = methods.as_run(instead, head=config.head, adapter=config.adapter, optimizer=step, weights=config.weights)
+    method = methods.as_run(
+        instead, head=config.head, adapter=config.adapter, basis=config.basis, optimizer=step, weights=config.weights
+    )
     if not isinstance(config.rank, int) and not method.adapter.mixed_ranks:
         raise FedtriError(
             f"rank: {method.name} needs one rank for all clients, got {config.rank!r}; give one number, or choose of "

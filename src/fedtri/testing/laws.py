@@ -111,9 +111,10 @@ def travels(world: World) -> None:
         assert counted == heard.encoded, f"{counted} bytes were counted, {heard.encoded} were encoded"
         for request, answer in heard.exchanged:
             assert isinstance(answer, Answer), f"the server refused a reply: {answer}"
-            now, trains = plan(request.round), request.phase == "train"
-            assert set(answer.reply.up) == set(layout.keys(now.up if trains else frozenset())), request.phase
-            downwards = layout.keys(now.down if request.phase != "sketch" else frozenset())
+            now = plan(request.round)
+            upwards = {"train": now.up, "basis": frozenset("AB")}.get(request.phase, frozenset())
+            assert set(answer.reply.up) == set(layout.keys(upwards)), request.phase
+            downwards = layout.keys(now.down if request.phase in ("train", "evaluate") else frozenset())
             assert set(request.down) <= set(downwards), request.phase
         heard.exchanged.clear()
         heard.encoded = 0
