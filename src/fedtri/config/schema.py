@@ -177,6 +177,7 @@ class Config(Strict):
     targets: str | Annotated[list[str], Field(min_length=1)] = "auto"
     layers: Annotated[str, Field(pattern=r"^(all|last:[1-9]\d*)$")] = "all"
     head: Literal["default", "personal", "shared"] = "default"
+    head_start: Literal["initial", "fit"] = "initial"
     labels: Literal["shared", "own"] = "shared"
     seed: Annotated[int, Field(ge=0)] = 0
     device: str = "auto"

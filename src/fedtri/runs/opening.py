@@ -146,6 +146,7 @@ def open_site(
         label_count=spec.sketch.classes,
         classes=data.classes,
         evaluate=spec.schedule.evaluate,
+        fits_heads=spec.fits_heads,
         validate=spec.validates,
         on_step=on_step,
     )

@@ -6,11 +6,11 @@ AdamW is its own: what it learns does not depend, but for rounding, on who train
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from importlib import import_module
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,16 +21,25 @@ from fedtri.adapters import model as adapters
 from fedtri.adapters.bfloat16 import ROWS
 from fedtri.adapters.layout import Key, Layout
 from fedtri.adapters.model import AdaptedModel, Adapter
-from fedtri.execution.executor import ClientModel, OnStep, Optimization, Rows, Scoring, Training, minibatches
+from fedtri.execution.executor import (
+    ClientModel,
+    HeadInputs,
+    OnStep,
+    Optimization,
+    Rows,
+    Scoring,
+    Training,
+    minibatches,
+)
 from fedtri.execution.fast.kept import Keeping, KeptStates
 from fedtri.execution.fast.model import Frozen, SharedPass
 from fedtri.execution.fast.table import architecture_of
-from fedtri.execution.reference import batches, in_order
+from fedtri.execution.reference import batches, in_order, with_open_head
 from fedtri.execution.steps import Steps, steps
 from fedtri.execution.workers import Worker, shared, side_by_side
 from fedtri.method import Trained
-from fedtri.tasks import Examples, LearningTask, Scores
-from fedtri.tasks.base import to_device
+from fedtri.tasks import Examples, LearningTask
+from fedtri.tasks.base import Batch, Classifying, to_device
 
 T = TypeVar("T")
 
@@ -161,6 +170,25 @@ class FastExecutor:
 
         return side_by_side([partial(one, own) for own in rows])
 
+    def head_inputs(self, work: Sequence[Scoring]) -> list[HeadInputs]:
+        """See `Executor`."""
+        self._open()
+        assert isinstance(self.task, Classifying)
+        score = self.task.logits_and_classes
+
+        @torch.inference_mode()
+        def one(own: Scoring, worker: Worker) -> HeadInputs:
+            model, nobody = with_open_head(self.layout, own.model), np.zeros(len(own.rows), np.int64)
+            if self.layout.backbone:
+                self._load(model)
+            client = _adapter(self.adapted, model, {})
+            return HeadInputs.of([
+                (np.repeat(chosen, self.examples.terms[own.rows[chosen]]), *found)
+                for chosen, found in self._passes([client], nobody, own.rows, score)
+            ])  # fmt: skip
+
+        return side_by_side([partial(one, own) for own in work], apart=bool(self.layout.backbone))
+
     def _open(self) -> None:
         if self.kept is not None:
             self.kept.open()
@@ -196,7 +224,9 @@ class FastExecutor:
         places = list(batch)
         owners, rows = _pooled([batch[place] for place in places])
         losses = np.zeros(len(rows))
-        for chosen, scores in self._passes([clients[place].adapter for place in places], owners, rows):
+        for chosen, scores in self._passes(
+            [clients[place].adapter for place in places], owners, rows, self.task.scores
+        ):
             own = torch.tensor([weight[places[owner]] for owner in owners[chosen]], dtype=torch.float64)
             weighted = scores.loss * own.to(scores.loss)
             weighted.sum().backward()
@@ -211,7 +241,7 @@ class FastExecutor:
             (alone,) = work.values()
             self._load(alone.model)
         clients = [_adapter(self.adapted, one.model, {}) for one in work.values()]
-        for chosen, scores in self._passes(clients, owners, rows):
+        for chosen, scores in self._passes(clients, owners, rows, self.task.scores):
             if worker.stop():
                 break
             loss[chosen] = scores.loss.double().cpu().numpy()
@@ -222,13 +252,15 @@ class FastExecutor:
             found[place] = {"loss": float(loss[own].sum()) / terms, "accuracy": float(correct[own].sum()) / terms}
         return found
 
-    def _passes(self, clients: Sequence[Adapter], owners: Rows, rows: Rows) -> Iterator[tuple[Rows, Scores]]:
-        """(places among `rows`, their scores) of each pass."""
+    def _passes(
+        self, clients: Sequence[Adapter], owners: Rows, rows: Rows, score: Callable[[Any, Batch], T]
+    ) -> Iterator[tuple[Rows, T]]:
+        """(places among `rows`, what the task makes of them) of each pass."""
         for chosen in batches(self.examples.lengths[rows], self.token_budget, packed=True):
             chosen = chosen[np.argsort(owners[chosen], kind="stable")]
             states = None if self.kept is None else self.kept.of(rows[chosen])
             at = SharedPass(self.frozen, clients, owners[chosen], states)
-            yield chosen, self.task.scores(at, to_device(self.examples.batch(rows[chosen]), self.adapted.device))
+            yield chosen, score(at, to_device(self.examples.batch(rows[chosen]), self.adapted.device))
 
     def _sharing(self, batch: Mapping[int, Rows]) -> list[list[int]]:
         """The clients whose minibatches go through the model together: nearly equal groups of no more than the budget;
