@@ -2,8 +2,9 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
+from fedtri.adapters.initial import BASES, Basis
 from fedtri.adapters.layout import Factors
 from fedtri.messages import Reply
 from fedtri.state import ServerState
@@ -44,8 +45,12 @@ class Plan:
 class AdapterSpec:
     """What the adapter of each layer consists of, and for which kinds of adapter the method is defined."""
 
-    basis: Literal["kaiming", "orthonormal"] = "kaiming"
-    """How the initial A (and, for "orthonormal", B) is drawn from the run's seed."""
+    basis: Basis = "kaiming"
+    """Where A comes from, and B where it is a basis too; see `fedtri.adapters.initial`."""
+    core: bool = False
+    """Whether A and B are both a basis and C starts at 0. Otherwise B starts at 0, and C at the identity."""
+    bases: tuple[Basis, ...] = BASES
+    """The bases that a run may choose for the method."""
     extra: str = ""
     """Factors that the method has besides A, C, B and H: letters of S, M, W, a, b. "P": it trains the model itself."""
     heads: int = 1
@@ -60,6 +65,11 @@ class AdapterSpec:
     learning_rates: Mapping[str, float] = field(default_factory=dict)
     """The learning rate of a factor, by its letter, where it wants one of its own: a core C wants a larger one than A
     and B. The configuration's [optimizer.learning_rates] wins."""
+
+    @property
+    def basis_factors(self) -> frozenset[str]:
+        """The factors that come from the basis."""
+        return frozenset("AB" if self.core else "A")
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,8 @@ KEYS: dict[str, tuple[Any, str]] = {
     "learning_rate": (0.5, "optimization"),
     "rank": (2, "scales"),
     "adapter": ("dora", "layout"),
+    "basis": ("gradient", ALWAYS),
+    "basis_examples": (8, "basis_examples"),
     "lora_alpha": (3.0, "scales"),
     "targets": ("query", "layout"),
     "layers": ("last:1", "layout"),

@@ -24,6 +24,8 @@ from fedtri.storage.client_store import ClientStore, beside
 
 LOST = "lost"
 """Beside a client's own tensors: what rounding its replies has lost so far."""
+GRADIENT = frozenset("AB")
+"""The factors that a client sends of its first gradient, where a basis is made of these."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Codec:
         tensor that does not come down in that round or whose norm is too large.
         """
         phase, round = framing.phase_and_round(data)
-        kinds = frozenset[str]() if phase == "sketch" else self.plan(round).down
+        kinds = frozenset[str]() if phase in ("basis", "sketch") else self.plan(round).down
         said = self._read(data, client, kinds)
         check_norms(said.factors, self.expected.norm_bound)
         return Request(said.phase, said.round, client, said.factors)
@@ -72,7 +74,7 @@ class Codec:
             Message(
                 phase=phase,
                 round=reply.round,
-                factors=self._compressed(reply, store),
+                factors=self._compressed(reply, store) if phase == "train" else reply.up,
                 num_examples=reply.num_examples,
                 metrics=reply.metrics,
                 sketch=b"" if reply.sketch is None else sketches.encode(reply.sketch),
@@ -87,7 +89,7 @@ class Codec:
         `read_request` and `federation.server.refuse`.
         """
         phase, client = request.phase, request.client
-        up = self.plan(request.round).up if phase == "train" else frozenset[str]()
+        up = self._up(request)
         room = sketches.most_bytes(self.sketch.classes, self.sketch.features) if phase == "sketch" else 0
         said = self._read(data, client, up, room)
         if (said.round, said.phase) != (request.round, phase):
@@ -99,13 +101,19 @@ class Codec:
         if phase == "sketch":
             found = sketches.decode(said.sketch, classes=self.sketch.classes, d=self.sketch.features)
         reply = Reply(client, said.round, said.factors, said.num_examples, said.metrics, found)
-        if phase == "train" and (why := refuse(reply, up, self.expected)):
+        if phase in ("basis", "train") and (why := refuse(reply, up, self.expected)):
             raise FedtriError(why.removeprefix(f"{client}: "))
         return reply
 
     def for_run(self, run: bytes) -> "Codec":
         """The codec of one run."""
         return replace(self, run=run)
+
+    def _up(self, request: Request) -> frozenset[str]:
+        """The factors that the reply to this request holds."""
+        if request.phase == "basis":
+            return GRADIENT
+        return self.plan(request.round).up if request.phase == "train" else frozenset()
 
     def _compressed(self, reply: Reply, store: ClientStore) -> Factors:
         numbers, name = NUMBERS[self.dtype], beside(reply.client, LOST)

@@ -173,6 +173,8 @@ class Config(Strict):
     learning_rate: Annotated[float, Field(gt=0)] = 3e-3
     rank: PositiveInt | list[PositiveInt] | Annotated[str, Field(pattern=r"^uniform:[1-9]\d*,[1-9]\d*$")] = 8
     adapter: Literal["lora", "dora", "hira"] = "lora"
+    basis: Literal["default", "kaiming", "orthonormal", "gradient", "weights"] = "default"
+    basis_examples: PositiveInt = 64
     lora_alpha: Annotated[float, Field(gt=0)] = 16.0
     targets: str | Annotated[list[str], Field(min_length=1)] = "auto"
     layers: Annotated[str, Field(pattern=r"^(all|last:[1-9]\d*)$")] = "all"

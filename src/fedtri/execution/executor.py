@@ -18,6 +18,8 @@ from fedtri.method import Trained
 Rows = Int[np.ndarray, "_"]
 OnStep = Callable[[str, int, float], None]
 """(client, step counted from 1, loss of its minibatch)"""
+Reduce = Callable[[Mapping[str, Tensor]], Factors]
+"""(the dense gradient (d_out, d_in) of each adapted layer, by its name) to what is kept of it."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,17 @@ class Executor(Protocol):
         """What enters the last layer of each client's head; in the order of `work`. For a task that is `Classifying`.
 
         A client's rows meet its own adapter and the earlier layers of its own head.
+        """
+        ...
+
+    def gradients(self, models: Sequence[ClientModel], rows: Sequence[Rows], reduce: Sequence[Reduce]) -> list[Factors]:
+        """What each client's `reduce` makes of its gradient.
+
+        It is the gradient of the client's mean loss over its rows, with respect to the product B C A of every adapted
+        layer. It is as large as these layers, so `reduce` is called where it was computed, and one client at a time is
+        in a worker's memory. The models' updates should be zero.
+
+        Raises FedtriError for a client whose rows carry no loss.
         """
         ...
 

@@ -1,4 +1,4 @@
-"""The round loop: sketch newcomers, train, aggregate, deliver and evaluate; it yields a line and a state a round."""
+"""The round loop: a basis before the first round, where the method wants one; sketch newcomers, train, aggregate, deliver and evaluate; it yields a line and a state a round."""
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -75,14 +75,20 @@ def run(
         if not missed:
             record = Record(transport, state.round, on_phase)
         chosen = server.sample(clients, schedule.fraction, state.round, schedule.seed)
-        state = _welcomed(method, state, chosen, record)
-        trained = _ask(method, state, _trainees(method, state, chosen), "train", record)
-        if len(trained) < schedule.quorum:
+        answers = list[Answer]()
+        if server.wants_basis(method, state):
+            answers = _ask(method, state, clients, "basis", record)
+            if len(answers) >= schedule.quorum:
+                state = server.based(method, state, [answer.reply for answer in answers])
+        if not server.wants_basis(method, state):
+            state = _welcomed(method, state, chosen, record)
+            answers = _ask(method, state, _trainees(method, state, chosen), "train", record)
+        if len(answers) < schedule.quorum:
             missed += 1
             if missed >= schedule.attempts:
-                raise FedtriError(record.shortage(len(trained), schedule.quorum))
+                raise FedtriError(record.shortage(len(answers), schedule.quorum))
             continue
-        missed = 0
+        trained, missed = answers, 0
         began = time.perf_counter()
         replies = [answer.reply for answer in trained]
         before = _delivered(state, trained)

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from fedtri.adapters.layout import Factors, Key, Layout, only
-from fedtri.aggregation import pairs
+from fedtri.aggregation import bases, means, pairs
 from fedtri.messages import Reply, Request
 from fedtri.method import Method
 from fedtri.metrics import Phase
@@ -44,15 +44,15 @@ def round_half_up(value: float) -> int:
 
 def requests(method: Method, state: ServerState, clients: Sequence[str], round: int, phase: Phase) -> list[Request]:
     """A request a client, carrying what changed for it since it was last sent anything."""
-    down = [{} if phase == "sketch" else downlink(method, state, client) for client in clients]
+    down = [{} if phase in ("basis", "sketch") else downlink(method, state, client) for client in clients]
     return [Request(phase, round, client, own) for client, own in zip(clients, down, strict=True)]
 
 
 def downlink(method: Method, state: ServerState, client: str) -> Factors:
     """What a client does not have yet of the shared tensors, overridden by its personal ones."""
-    have = state.deliveries.sent.get(client, 0)
+    have = state.deliveries.sent.get(client, -1)
     down = {key: state.shared[key] for key, changed in state.deliveries.shared.items() if changed > have}
-    if state.deliveries.personal.get(client, 0) > have:
+    if state.deliveries.personal.get(client, have) > have:
         down |= state.personal[client]
     return pairs.cut(only(down, method.plan(state.round).down), state.scales.ranks.get(client))
 
@@ -61,6 +61,18 @@ def delivered(state: ServerState, clients: Sequence[str]) -> ServerState:
     """The state after these clients were sent what was theirs."""
     sent = {**state.deliveries.sent, **dict.fromkeys(clients, state.round)}
     return state.with_(deliveries=replace(state.deliveries, sent=sent))
+
+
+def wants_basis(method: Method, state: ServerState) -> bool:
+    """Whether the clients are to send their gradients first, from which the method's A (and B) are made."""
+    return method.adapter.basis == "gradient" and not any(key.factor == "A" for key in state.deliveries.shared)
+
+
+def based(method: Method, state: ServerState, replies: Sequence[Reply]) -> ServerState:
+    """The state with the basis that these replies' gradients give, in whatever order they came, as everyone's."""
+    ordered = sorted(replies, key=lambda reply: reply.client)
+    rank = max(state.scales.ranks.values())
+    return means.share(state, bases.pooled(ordered, method.adapter.basis_factors, rank))
 
 
 def sketched(method: Method, state: ServerState, replies: Sequence[Reply]) -> ServerState:

@@ -23,17 +23,23 @@ def build(
     *,
     head: str = "default",
     adapter: str = "lora",
+    basis: str = "default",
     optimizer: ServerOptimizer | None = None,
 ) -> Method:
     """The method of this name with its options, for this kind of adapter, with this head and server optimiser.
 
     Raises FedtriError as `lookup.make` and `as_run` do.
     """
-    return as_run(lookup.make(name, options), head=head, adapter=adapter, optimizer=optimizer)
+    return as_run(lookup.make(name, options), head=head, adapter=adapter, basis=basis, optimizer=optimizer)
 
 
 def as_run(
-    method: Method, *, head: str = "default", adapter: str = "lora", optimizer: ServerOptimizer | None = None
+    method: Method,
+    *,
+    head: str = "default",
+    adapter: str = "lora",
+    basis: str = "default",
+    optimizer: ServerOptimizer | None = None,
 ) -> Method:
     """The method as a run uses it.
 
@@ -41,13 +47,14 @@ def as_run(
         method: The method as its function returned it.
         head: "shared": H travels both ways; "personal": it stays home; "default": as the method's paper has it.
         adapter: The kind of adapter: lora, dora or hira.
+        basis: Where A, and B where it is a basis, come from; "default": as the method has it.
         optimizer: Follows the move of what the server shares.
 
     Raises:
-        FedtriError: For a kind of adapter that the method is not defined for, or a server optimiser where what is
-            shared is no average.
+        FedtriError: For a kind of adapter or a basis that the method is not defined for, or a server optimiser where
+            what is shared is no average.
     """
-    method = with_head(with_adapter(method, adapter), head)
+    method = with_basis(with_head(with_adapter(method, adapter), head), basis)
     method = replace(method, aggregate=_with_averages(method))
     return method if optimizer is None else with_optimizer(method, optimizer)
 
@@ -79,6 +86,29 @@ def with_head(method: Method, head: str) -> Method:
             return replace(own, up=own.up | {"H"}, down=own.down | {"H"})
         return replace(own, up=own.up - {"H"}, down=own.down - {"H"})
 
+    return replace(method, plan=plan)
+
+
+def with_basis(method: Method, basis: str) -> Method:
+    """The method with its A, and B where that is a basis, from there. A "gradient" basis comes down to the clients.
+
+    Raises FedtriError for a basis that the method cannot use.
+    """
+    parts = method.adapter
+    if basis not in ("default", *parts.bases):
+        able = ", ".join(name for name in METHODS if basis in METHODS[name]().adapter.bases)
+        own = f"expected default or {', '.join(parts.bases)}" if parts.bases else "it has no adapter"
+        raise FedtriError(f"basis: {method.name} cannot use {basis!r}; {own}, or a method of {able}")
+    parts = parts if basis == "default" else replace(parts, basis=basis)  # pyright: ignore[reportArgumentType]
+    method = replace(method, adapter=parts)
+    if parts.basis != "gradient":
+        return method
+
+    def plan(round: int) -> Plan:
+        own = own_plan(round)
+        return replace(own, down=own.down | parts.basis_factors)
+
+    own_plan = method.plan
     return replace(method, plan=plan)
 
 

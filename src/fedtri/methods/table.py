@@ -17,6 +17,7 @@ from fedtri.methods.flexlora import flexlora
 from fedtri.methods.flora import flora
 from fedtri.methods.flora_na import flora_na
 from fedtri.methods.full import full
+from fedtri.methods.gradient_core import gradient_core
 from fedtri.methods.hetlora import hetlora
 from fedtri.methods.local import local
 from fedtri.methods.lora_fair import lora_fair
@@ -39,6 +40,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "fedex_lora": fedex_lora,
     "lora_fair": lora_fair,
     "fed_sb": fed_sb,
+    "gradient_core": gradient_core,
     "ravan": ravan,
     "flora_na": flora_na,
     "ce_lora": ce_lora,

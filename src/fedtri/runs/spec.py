@@ -73,6 +73,8 @@ class Spec:
     """Whether a client's head starts as its own examples fit it."""
     init_adapter: str | None
     """A PEFT adapter to start from."""
+    basis_examples: int
+    """From how many training examples a client computes its gradient for a basis, at most."""
     fingerprint: bytes
     """8 bytes that differ where any setting differs that both ends must share."""
     method: Method = field(compare=False, repr=False)
@@ -162,6 +164,7 @@ def spec_of(
         own_classes=config.labels == "own",
         fits_heads=config.head_start == "fit",
         init_adapter=config.init_adapter,
+        basis_examples=config.basis_examples,
         fingerprint=fingerprint_of(config),
         method=method,
         recipe=recipe,
@@ -194,7 +197,7 @@ def method_of(config: Config, instead: Method | None = None) -> Method:
         step = server_optimizers.optimizer(server.optimizer, learning_rate=server.learning_rate, betas=betas)
     if instead is None:
         instead = methods.make(config.method, config.method_options)
-    method = methods.as_run(instead, head=config.head, adapter=config.adapter, optimizer=step)
+    method = methods.as_run(instead, head=config.head, adapter=config.adapter, basis=config.basis, optimizer=step)
     if not isinstance(config.rank, int) and not method.adapter.mixed_ranks:
         raise FedtriError(
             f"rank: {method.name} needs one rank for all clients, got {config.rank!r}; give one number, or choose of "
