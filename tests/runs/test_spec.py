@@ -49,6 +49,7 @@ KEYS: dict[str, tuple[Any, str]] = {
     "targets": ("query", "layout"),
     "layers": ("last:1", "layout"),
     "head": ("shared", ALWAYS),
+    "weights": ("uniform", ALWAYS),
     "labels": ("own", REFUSED),
     "seed": (4, "seed"),
     "device": ("auto", NOTHING),

@@ -18,7 +18,12 @@ SHARES: dict[Phase, tuple[float, float]] = {
     "basis": (0.0, 0.05), "sketch": (0.05, 0.1), "train": (0.1, 0.8), "evaluate": (0.8, 1.0),
 }  # fmt: skip
 """The part of the bar that each phase fills, as shares of a round."""
-WORDS: dict[Phase, str] = {"basis": "taking gradients of", "sketch": "sketching", "train": "training", "evaluate": "evaluating"}
+WORDS: dict[Phase, str] = {
+    "basis": "taking gradients of",
+    "sketch": "sketching",
+    "train": "training",
+    "evaluate": "evaluating",
+}
 
 
 class Display(Protocol):

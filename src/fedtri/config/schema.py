@@ -179,6 +179,7 @@ class Config(Strict):
     targets: str | Annotated[list[str], Field(min_length=1)] = "auto"
     layers: Annotated[str, Field(pattern=r"^(all|last:[1-9]\d*)$")] = "all"
     head: Literal["default", "personal", "shared"] = "default"
+    weights: Literal["default", "examples", "uniform"] = "default"
     labels: Literal["shared", "own"] = "shared"
     seed: Annotated[int, Field(ge=0)] = 0
     device: str = "auto"

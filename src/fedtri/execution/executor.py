@@ -110,9 +110,7 @@ class Executor(Protocol):
         """The frozen, un-adapted backbone's feature of each row; float32, one array for each element of `rows`."""
         ...
 
-    def gradients(
-        self, models: Sequence[ClientModel], rows: Sequence[Rows], reduce: Sequence[Reduce]
-    ) -> list[Factors]:
+    def gradients(self, models: Sequence[ClientModel], rows: Sequence[Rows], reduce: Sequence[Reduce]) -> list[Factors]:
         """What each client's `reduce` makes of its gradient.
 
         It is the gradient of the client's mean loss over its rows, with respect to the product B C A of every adapted

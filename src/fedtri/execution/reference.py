@@ -83,9 +83,7 @@ class ReferenceExecutor:
         adapters.unload(self.adapted)
         return self._all([partial(self._features, own) for own in rows])
 
-    def gradients(
-        self, models: Sequence[ClientModel], rows: Sequence[Rows], reduce: Sequence[Reduce]
-    ) -> list[Factors]:
+    def gradients(self, models: Sequence[ClientModel], rows: Sequence[Rows], reduce: Sequence[Reduce]) -> list[Factors]:
         """See `Executor`."""
         work = zip(models, rows, reduce, strict=True)
         return self._all([partial(self._gradient, *one) for one in work])

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedtri.aggregation import fidelity
+from fedtri.aggregation import fidelity, means
 from fedtri.errors import FedtriError
 from fedtri.federation import server
 from fedtri.federation.record import OnPhase, Record
@@ -93,7 +93,7 @@ def run(
         replies = [answer.reply for answer in trained]
         before = _delivered(state, trained)
         state = server.server_step(method, before, replies)
-        lossless = fidelity.logged(before, state, replies)
+        lossless = fidelity.logged(before, state, means.counted(replies, method.weights))
         record.seconds["aggregate"] += time.perf_counter() - began
         last, evaluated = state.round >= schedule.rounds, list[Answer]()
         if schedule.evaluate or last:

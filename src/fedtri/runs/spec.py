@@ -177,7 +177,7 @@ def columns_of(config: Config) -> dict[str, str]:
 
 
 def method_of(config: Config, instead: Method | None = None) -> Method:
-    """The method with its options, head, kind of adapter and server optimiser.
+    """The method with its options, head, kind of adapter, weights and server optimiser.
 
     Args:
         config: The configuration.
@@ -192,7 +192,9 @@ def method_of(config: Config, instead: Method | None = None) -> Method:
         step = server_optimizers.optimizer(server.optimizer, learning_rate=server.learning_rate, betas=betas)
     if instead is None:
         instead = methods.make(config.method, config.method_options)
-    method = methods.as_run(instead, head=config.head, adapter=config.adapter, basis=config.basis, optimizer=step)
+    method = methods.as_run(
+        instead, head=config.head, adapter=config.adapter, basis=config.basis, optimizer=step, weights=config.weights
+    )
     if not isinstance(config.rank, int) and not method.adapter.mixed_ranks:
         raise FedtriError(
             f"rank: {method.name} needs one rank for all clients, got {config.rank!r}; give one number, or choose of "

@@ -171,9 +171,7 @@ class FastExecutor:
 
         return side_by_side([partial(one, own) for own in rows])
 
-    def gradients(
-        self, models: Sequence[ClientModel], rows: Sequence[Rows], reduce: Sequence[Reduce]
-    ) -> list[Factors]:
+    def gradients(self, models: Sequence[ClientModel], rows: Sequence[Rows], reduce: Sequence[Reduce]) -> list[Factors]:
         """See `Executor`. By the plain code, as it is done once in a run."""
         again = Recomputation(self.adapted.model) if self.recompute else None
         plain = ReferenceExecutor(self.adapted, self.task, self.examples, self.token_budget, again, self.group)
