@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from fedtri.communication.codec import GRADIENT
 from fedtri.communication.numbers import NUMBERS
 from fedtri.config import validated
 from fedtri.errors import FedtriError
@@ -22,13 +23,15 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Cost:
-    """A method's traffic: numbers and bytes of one client in one round, on average, and the bytes of the whole run."""
+    """A method's traffic: numbers and bytes of one client in one round, on average; the bytes that one client sends and
+    receives once for a basis from gradients; the bytes of the whole run, all clients and both ways."""
 
     method: str
     up: float
     down: float
     up_bytes: float
     down_bytes: float
+    once_bytes: int
     total_bytes: int
 
 
@@ -75,11 +78,22 @@ def costs(
         ways = zip(*(_travelling(spec, round) for round in range(rounds)), strict=True)
         up, down = ([math.prod(shape) for one in way for shape in one] for way in ways)
         up_bytes, down_bytes = (sum(map(NUMBERS[dtype].size, counts)) for counts in (up, down))
+        once = sum(map(NUMBERS[dtype].size, _once(spec)))
         found.append(Cost(
-            name, sum(up) / rounds, sum(down) / rounds, up_bytes / rounds, down_bytes / rounds,
-            (up_bytes + down_bytes) * clients,
+            name, sum(up) / rounds, sum(down) / rounds, up_bytes / rounds, down_bytes / rounds, once,
+            (up_bytes + down_bytes + once) * clients,
         ))  # fmt: skip
     return sorted(found, key=lambda cost: -cost.up - cost.down)
+
+
+def _once(spec: Spec) -> list[int]:
+    """The sizes of the tensors that travel before the first round: the client's gradient up, the basis down."""
+    parts = spec.method.adapter
+    if parts.basis != "gradient":
+        return []
+    shapes = spec.layout.shapes(spec.largest_rank)
+    travelling = [*spec.layout.keys(GRADIENT), *spec.layout.keys(parts.basis_factors)]
+    return [math.prod(shapes[key]) for key in travelling]
 
 
 def _travelling(spec: Spec, round: int) -> tuple[list[Shape], list[Shape]]:
