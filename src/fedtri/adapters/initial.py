@@ -9,6 +9,9 @@ from torch import Tensor, nn
 from fedtri.adapters.layout import Factors, Key, Layer, Layout
 from fedtri.seeds import generator
 
+DRAWN = ("kaiming", "orthonormal")
+"""The bases that both ends draw from the run's seed."""
+
 
 def initial_factors(
     layout: Layout, head: Factors, *, rank: int, seed: int, basis: str = "kaiming"

@@ -5,22 +5,25 @@ two ends that have the same configuration cannot disagree. No weights are loaded
 configuration alone.
 """
 
+import functools
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig
 
 from fedtri import methods, tasks
+from fedtri.adapters.initial import DRAWN, initial_factors
 from fedtri.adapters.layer import Kind, shape_of
-from fedtri.adapters.layout import Layer, Layout
+from fedtri.adapters.layout import Factors, Key, Layer, Layout
 from fedtri.aggregation import server_optimizers
 from fedtri.communication.codec import Codec, SketchSize
+from fedtri.communication.compression import Types
 from fedtri.communication.numbers import NUMBERS
 from fedtri.config import Config
 from fedtri.config.schema import ModelOptions, Wire
@@ -95,13 +98,21 @@ class Spec:
     @property
     def codec(self) -> Codec:
         """How this federation's messages become bytes."""
-        expected = Expectation(self.layout, self.scales, self.wire.norm_bound)
-        return Codec(expected, self.method.plan, self.wire.dtype, self.sketch, self.fingerprint)
+        expected, wire = Expectation(self.layout, self.scales, self.wire.norm_bound), self.wire
+        types = Types(wire.up, wire.down, wire.basis)
+        return Codec(expected, self.method.plan, types, self.sketch, _start(self), self.fingerprint)
 
     def payload_bytes(self, client: str) -> int:
-        """The bytes of the numbers alone that this client sends in the first round."""
-        shapes, numbers = self.layout.shapes(self.scales.ranks[client]), NUMBERS[self.wire.dtype]
-        return sum(numbers.size(math.prod(shapes[key])) for key in self.layout.keys(self.method.plan(0).up))
+        """The bytes of the numbers alone that this client sends in a round after the first."""
+        return sum(map(NUMBERS[self.wire.up].size, self._sizes(client)))
+
+    def payload_numbers(self, client: str) -> int:
+        """How many numbers this client sends in the first round."""
+        return sum(self._sizes(client))
+
+    def _sizes(self, client: str) -> list[int]:
+        shapes = self.layout.shapes(self.scales.ranks[client])
+        return [math.prod(shapes[key]) for key in self.layout.keys(self.method.plan(0).up)]
 
 
 def spec_of(
@@ -290,6 +301,25 @@ def layout_of(
         adapted.append(Layer(name, d_in, d_out))
     magnitudes = "M" if kind == "dora" else ""
     return Layout(tuple(adapted), in_head, extra=_in_order(parts.extra + magnitudes), heads=parts.heads)
+
+
+def derived_factors(spec: Spec, rank: int) -> dict[Key, Tensor]:
+    """What a client of this rank starts from, as far as both ends derive it from the seed: no head, no adapter's file.
+
+    A basis that is none of those which are drawn comes down; so A and B are left out there.
+    """
+    basis = spec.method.adapter.basis
+    drawn = basis in DRAWN and spec.init_adapter is None
+    factors = initial_factors(spec.layout, {}, rank=rank, seed=spec.seed, basis=basis if drawn else "kaiming")
+    if "W" in spec.layout.extra:
+        factors |= {Key(layer.name, "W"): torch.zeros(layer.d_out, layer.d_in) for layer in spec.layout.layers}
+    return {key: value for key, value in factors.items() if drawn or key.factor not in "AB"}
+
+
+def _start(spec: Spec) -> Callable[[str], Factors]:
+    """Each client's `derived_factors`, made once for each rank."""
+    of_rank = functools.cache(functools.partial(derived_factors, spec))
+    return lambda client: of_rank(spec.scales.ranks[client])
 
 
 def fingerprint_of(config: Config) -> bytes:
