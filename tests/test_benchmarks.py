@@ -60,6 +60,7 @@ def main(name: str, arguments: Sequence[str]) -> None:
     """A benchmark's main function; the processes that it starts are forked."""
     sys.path.insert(0, str(FOLDER))
     sys.argv = [str(FOLDER / f"{name}.py"), *arguments]
+    sys.modules.pop(name, None)  # a folder of tests may have the same name
     module = importlib.import_module(name)
     if hasattr(module, "mp"):
         module.mp = SimpleNamespace(Pipe=multiprocessing.Pipe, get_context=lambda _: multiprocessing)

@@ -23,9 +23,9 @@ from tiny import assert_same, classifier, clients_tensors, rounds, tokenizer
 pytestmark = [pytest.mark.network, pytest.mark.timeout(400)]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def net(lab, tmp_path_factory) -> Iterator[Network]:
-    """One SuperLink and four SuperNodes for all tests."""
+    """One SuperLink and four SuperNodes for all tests here. Left running, they take a quarter of a core."""
     net = Network(tmp_path_factory.mktemp("network") / "fed", lab)
     try:
         for client in CLIENTS:

@@ -19,8 +19,8 @@ from transformers import (
 from fedtri import tasks
 from fedtri.errors import FedtriError
 from fedtri.methods import METHODS
-from fedtri.models.loading import find_targets, head_layers
-from fedtri.runs import finished, lifecycle, simulation
+from fedtri.models.loading import Weights, find_targets, head_layers
+from fedtri.runs import finished, lifecycle
 from fedtri.tasks import images
 from fedtri.tasks.classes import same_classes
 from tiny import (
@@ -129,7 +129,7 @@ def test_prompts_that_cannot_be_are_one_line(values, said, lab, tmp_path):
 def test_classes_whose_prompts_are_the_same_are_named(lab):
     """ "Red" and "red" to a tokenizer without capitals. Seen to fail with the texts compared in place of the tokens."""
     task = tasks.build("image_text")
-    processor = task.load(str(lab.model("clip")), [], simulation.models.Weights()).processor
+    processor = task.load(str(lab.model("clip")), [], Weights()).processor
     with pytest.raises(FedtriError, match="classes 'Red' and 'red' make the same tokens of 'a photo of a red'"):
         task.learning(["blue", "Red", "red"], processor)
 
@@ -137,7 +137,7 @@ def test_classes_whose_prompts_are_the_same_are_named(lab):
 def test_clip_leaves_as_an_adapter_of_both_towers(lab, tmp_path):
     """PEFT's and the merged model's similarities are the client's. Seen to fail with B in place of B·C."""
     config = run(lab, tmp_path / "run", "image_text")
-    examples = lab.federation(tmp_path / "x", **KINDS["image_text"]).site.examples
+    examples = lab.federation(tmp_path / "x", **KINDS["image_text"]).site.executor.examples
     batch = examples.batch(np.arange(8))
     expected = by_the_client(config, tmp_path / "run", batch)
     texts = clip()[2]([f"a photo of a {n}" for n in range(10)], return_tensors="pt", padding=True)
@@ -159,7 +159,7 @@ def test_clip_leaves_as_an_adapter_of_both_towers(lab, tmp_path):
 def test_peft_and_the_merged_model_see_images_as_the_client_did(lab, tmp_path):
     """Seen to fail with the head left out."""
     config = run(lab, tmp_path / "run", "image_classification")
-    examples = lab.federation(tmp_path / "x", **KINDS["image_classification"]).site.examples
+    examples = lab.federation(tmp_path / "x", **KINDS["image_classification"]).site.executor.examples
     batch = examples.batch(np.arange(8))
     expected = by_the_client(config, tmp_path / "run", batch)
     base = AutoModelForImageClassification.from_pretrained(config.model)
@@ -190,7 +190,7 @@ def test_a_file_is_classified_and_a_broken_one_is_named(lab, tmp_path):
 def test_what_the_model_sees_is_what_the_processor_makes(lab, tmp_path):
     """In a quarter of the memory. Seen to fail with the mean taken off before 255 is divided by."""
     built = lab.federation(tmp_path, **KINDS["image_classification"])
-    pixels = built.site.examples.pixels
+    pixels = built.site.executor.examples.pixels
     assert pixels.values.dtype == np.uint8
     _, processor = vit()
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 20, 3), dtype=np.uint8))
@@ -268,7 +268,7 @@ def test_a_head_for_other_classes_starts_anew(kind, lab, tmp_path):
         if part.name not in ("config.json", "model.safetensors"):
             (other / part.name).write_bytes(part.read_bytes())
     task = tasks.build("image_classification" if kind == "vit" else "text_classification")
-    weights = simulation.models.Weights()
+    weights = Weights()
     assert not task.load(str(other), ["x", "y", "z"], weights).fresh
     assert not task.load(str(other), ["0", "1", "2"], weights).fresh
     assert task.load(str(other), ["z", "y", "x"], weights).fresh == {"classifier.weight", "classifier.bias"}
@@ -288,7 +288,7 @@ def test_sketches_of_images_are_of_the_frozen_model(lab, tmp_path):
     site, rows = built.site, built.site.splits[CLIENT].train
     executor = site.executor
     (found,) = executor.features([rows])
-    assert found.shape == (len(rows), executor.task.feature_size(built.opened.adapted.model))
+    assert found.shape == (len(rows), built.recipe.feature_size(built.opened.adapted.model))
     plain = AutoModelForImageClassification.from_pretrained(lab.model("vit")).vit
     with torch.no_grad():
         wanted = plain(executor.examples.batch(rows)["pixel_values"]).last_hidden_state.mean(1)

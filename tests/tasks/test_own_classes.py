@@ -33,7 +33,7 @@ def test_every_method_trains_heads_of_different_size(method, lab, tmp_path):
     sizes = {}
     for client, factors in clients_tensors(built).items():
         own = built.site.classes[client]
-        split, labels = built.site.splits[client], built.site.examples.labels
+        split, labels = built.site.splits[client], built.site.executor.examples.labels
         held = {int(labels[row]) for rows in vars(split).values() for row in rows}
         assert held == set(own.tolist())
         assert factors[WEIGHT].shape == (len(own), 16)
@@ -88,7 +88,7 @@ def test_each_client_leaves_with_a_head_of_its_own_classes(lab, tmp_path):
     """In its adapter, in the merged model, and in what it answers. Seen to fail with the names of all classes."""
     config = lab.config(**{**VISION, "method": "fedit", "rounds": 1, "out": str(tmp_path / "run")})
     list(lifecycle.run(config))
-    examples = lab.federation(tmp_path / "x", **VISION, method="fedit").site.examples
+    examples = lab.federation(tmp_path / "x", **VISION, method="fedit").site.executor.examples
     batch = examples.batch(np.arange(6))
     found = {}
     for client in ("client-00", "client-01", "client-02", "client-03"):

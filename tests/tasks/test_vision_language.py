@@ -31,7 +31,7 @@ def words_of(ids) -> str:
 
 def test_the_image_stands_first_and_the_response_alone_carries_loss(lab, tmp_path):
     """Token by token."""
-    examples = lab.federation(tmp_path, **asked(lab)).site.examples
+    examples = lab.federation(tmp_path, **asked(lab)).site.executor.examples
     batch = examples.batch(np.array([0, 1]))
     image = ["<s>", *["<image>"] * 4]
     assert words_of(batch["input_ids"][0]).split() == [*image, "which", "colour", "deep", "red", "</s>"]
@@ -60,7 +60,7 @@ def test_a_chat_template_is_followed(lab, tmp_path):
 
 def test_what_is_too_long_loses_its_end_and_never_its_image(lab, tmp_path):
     """Where nothing of a response is left, that is an error."""
-    examples = lab.federation(tmp_path, **asked(lab, max_length=9)).site.examples
+    examples = lab.federation(tmp_path, **asked(lab, max_length=9)).site.executor.examples
     assert all((examples.batch(np.array([row]))["input_ids"] == 4).sum() == 4 for row in range(4))
     assert set(examples.terms.tolist()) == {1, 2}
     with pytest.raises(FedtriError, match="no token of its response is left within 6 tokens"):

@@ -13,17 +13,22 @@ import torch
 from fedtri.adapters.layout import Factors
 from fedtri.communication import framing, memory
 from fedtri.communication.compression import FLOAT32, Traffic, Types, differences, rounded, values_of, with_feedback
-from fedtri.communication.framing import Message, Shapes
+from fedtri.communication.framing import Message, Shapes, Way
 from fedtri.communication.memory import Memory
 from fedtri.errors import FedtriError
 from fedtri.federation.server import Expectation, refuse
 from fedtri.messages import Held, Reply, Request
 from fedtri.method import Plan
+from fedtri.metrics import Phase
 from fedtri.similarity import sketches
 from fedtri.storage.client_store import ClientStore
 
 HALF = 65504.0
 """The largest number of float16."""
+ONCE: tuple[Phase, ...] = ("basis", "sketch")
+"""The phases in which a client is sent nothing and both ends have nothing to remember."""
+GRADIENT = frozenset("AB")
+"""The factors that a client sends of its first gradient, where a basis is made of these."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,8 @@ class Codec:
     sketch: SketchSize = SketchSize()
     start: Callable[[str], Factors] = field(default=lambda client: {}, repr=False)
     """What a client starts from, as far as both ends derive it from the run's seed."""
+    bases: frozenset[str] = frozenset()
+    """The factors of a basis that the clients' gradients give."""
     fingerprint: bytes = b""
     """A digest of all settings that both ends share."""
     run: bytes = field(default=b"", repr=False)
@@ -78,7 +85,7 @@ class Codec:
         tensor that does not come down in that round.
         """
         phase, round = framing.phase_and_round(data)
-        return self._read(data, client, frozenset[str]() if phase == "sketch" else self.plan(round).down)
+        return self._read(data, client, frozenset[str]() if phase in ONCE else self.plan(round).down)
 
     def read_request(self, said: Message | bytes, client: str, store: ClientStore) -> Request:
         """The request in a buffer, or in a message that `open_request` has read from it.
@@ -93,7 +100,7 @@ class Codec:
             BehindError: Where the client no longer has what the request builds on.
         """
         said = self.open_request(said, client) if isinstance(said, bytes) else said
-        if said.phase == "sketch":
+        if said.phase in ONCE:
             return Request(said.phase, said.round, client, {})
         base = memory.recall(store, client, said.base, follows=self.types.differ).held
         down = values_of(said.factors, said.ways, self._has(client, base))
@@ -110,7 +117,10 @@ class Codec:
         """
         phase, client = request.phase, reply.client
         sent = {key: value.detach().cpu() for key, value in reply.up.items()}
-        ways = self.traffic.ways(sent, self.types.up, ())
+        if phase == "basis":
+            ways = dict.fromkeys(sent, Way(self.types.basis))
+        else:
+            ways = self.traffic.ways(sent, self.types.up, ())
         if self.types.differ and _changes(request):
             after = self._after(request, request.down)
             has = self._has(client, after)
@@ -141,7 +151,7 @@ class Codec:
         `open_request` and `federation.server.refuse`.
         """
         phase, client = request.phase, request.client
-        up = self.plan(request.round).up if phase == "train" else frozenset[str]()
+        up = self._up(request)
         room = sketches.most_bytes(self.sketch.classes, self.sketch.features) if phase == "sketch" else 0
         said = self._read(data, client, up, room)
         if (said.round, said.phase) != (request.round, phase):
@@ -155,7 +165,7 @@ class Codec:
         ours = {**request.values, **request.down}
         values = values_of(said.factors, said.ways, {**self._has(client, None), **self.traffic.follows(ours)})
         reply = Reply(client, said.round, values, said.num_examples, said.metrics, found)
-        if phase == "train" and (why := refuse(reply, up, self.expected)):
+        if phase in ("basis", "train") and (why := refuse(reply, up, self.expected)):
             raise FedtriError(why.removeprefix(f"{client}: "))
         return reply
 
@@ -166,7 +176,13 @@ class Codec:
     @property
     def traffic(self) -> Traffic:
         """What travels, and in which types."""
-        return Traffic.of(self.plan, self.types)
+        return Traffic.of(self.plan, self.types, self.bases)
+
+    def _up(self, request: Request) -> frozenset[str]:
+        """The factors that the reply to this request holds."""
+        if request.phase == "basis":
+            return GRADIENT
+        return self.plan(request.round).up if request.phase == "train" else frozenset()
 
     def _asking(self, request: Request) -> Message:
         """What the server writes to a client."""
@@ -204,7 +220,7 @@ class Codec:
 
 def _changes(request: Request) -> bool:
     """Whether an answer changes what both ends know of each other."""
-    return request.phase != "sketch" and (request.phase == "train" or bool(request.down))
+    return request.phase not in ONCE and (request.phase == "train" or bool(request.down))
 
 
 def check_norms(factors: Factors, bound: float) -> None:

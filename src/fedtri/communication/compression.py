@@ -13,8 +13,8 @@ residual of error feedback (arXiv:1809.07599, arXiv:1901.09847): over the rounds
 
     Σ Q(d) + e = Σ (x − h).
 
-h begins as what both ends derive from the run's seed. A tensor that they cannot derive, such as a head, goes whole
-and in the type `basis` at first; a basis A or B that never learns always does. A tensor that only goes up is sent
+h begins as what both ends derive from the run's seed. A tensor that they cannot derive goes whole at first, in the type
+`basis`: a head, and a basis that the clients' gradients give. A tensor that only goes up is sent
 whole in the type `up`, without a residual: its values of two rounds need not have to do with each other.
 """
 
@@ -58,15 +58,15 @@ class Traffic:
     followed: frozenset[str]
     """Those of which both ends know what the client has. Empty where values travel."""
     bases: frozenset[str]
-    """A and B where they come down and never learn."""
+    """Those of a basis that comes down and never learns."""
 
     @staticmethod
-    def of(plan: Callable[[int], Plan], types: Types) -> "Traffic":
-        """The traffic of a method with this plan."""
+    def of(plan: Callable[[int], Plan], types: Types, bases: frozenset[str] = frozenset()) -> "Traffic":
+        """The traffic of a method with this plan; `bases` are the factors of a basis that the server makes."""
         plans = [plan(round) for round in range(LOOKED_AT)]
         down = frozenset[str]().union(*(one.down for one in plans))
-        bases = (down & frozenset("AB")) - frozenset[str]().union(*(one.train for one in plans))
-        return Traffic(types, down - bases if types.differ else frozenset(), bases)
+        learns = frozenset[str]().union(*(one.train for one in plans))
+        return Traffic(types, down if types.differ else frozenset(), bases - learns)
 
     def ways(self, keys: Iterable[Key], moving: str, known: Collection[Key]) -> dict[Key, Way]:
         """How each of these tensors is written.
@@ -79,10 +79,8 @@ class Traffic:
         return {key: self._way(key, moving, known) for key in keys}
 
     def _way(self, key: Key, moving: str, known: Collection[Key]) -> Way:
-        if key.factor in self.bases:
-            return Way(self.types.basis)
         if key.factor not in self.followed:
-            return Way(moving)
+            return Way(self.types.basis if key.factor in self.bases else moving)
         return Way(moving, delta=True) if key in known else Way(self.types.basis)
 
     def follows(self, factors: Factors) -> dict[Key, Tensor]:

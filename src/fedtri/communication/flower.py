@@ -26,7 +26,7 @@ POLL = 0.5
 """Seconds between two looks at what has arrived."""
 LEAST = 1.0
 """The least seconds that a message may take; with less time left a client is not asked again."""
-MESSAGES: dict[Phase, str] = {"sketch": "query", "train": "train", "evaluate": "evaluate"}
+MESSAGES: dict[Phase, str] = {"basis": "query", "sketch": "query", "train": "train", "evaluate": "evaluate"}
 
 
 @dataclass

@@ -23,14 +23,22 @@ class Strict(BaseModel):
     model_config = STRICT
 
 
+Letter = Literal["A", "C", "B", "S", "M", "a", "b", "P", "H"]
+"""A factor that can learn, by its letter."""
+
+
 class Optimizer(Strict):
-    """[optimizer]: AdamW of the local steps; the schedule spans one round."""
+    """[optimizer]: AdamW of the local steps; the schedule spans one round.
+
+    [optimizer.learning_rates] gives a factor, by its letter, a learning rate in place of `learning_rate`: `C = 0.02`.
+    """
 
     schedule: Literal["constant", "linear", "cosine", "constant_with_warmup"] = "constant"
     warmup: Annotated[int, Field(ge=0)] = 0
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     betas: Annotated[list[Share], Field(min_length=2, max_length=2)] = [0.9, 0.999]
     clip: Annotated[float, Field(gt=0)] | Literal[False] = 1.0
+    learning_rates: dict[Letter, Annotated[float, Field(gt=0)]] = {}
 
 
 class DataOptions(Strict):
@@ -176,10 +184,13 @@ class Config(Strict):
     learning_rate: Annotated[float, Field(gt=0)] = 3e-3
     rank: PositiveInt | list[PositiveInt] | Annotated[str, Field(pattern=r"^uniform:[1-9]\d*,[1-9]\d*$")] = 8
     adapter: Literal["lora", "dora", "hira"] = "lora"
+    basis: Literal["default", "kaiming", "orthonormal", "gradient", "weights"] = "default"
+    basis_examples: PositiveInt = 64
     lora_alpha: Annotated[float, Field(gt=0)] = 16.0
     targets: str | Annotated[list[str], Field(min_length=1)] = "auto"
     layers: Annotated[str, Field(pattern=r"^(all|last:[1-9]\d*)$")] = "all"
     head: Literal["default", "personal", "shared"] = "default"
+    weights: Literal["default", "examples", "uniform"] = "default"
     labels: Literal["shared", "own"] = "shared"
     seed: Annotated[int, Field(ge=0)] = 0
     device: str = "auto"

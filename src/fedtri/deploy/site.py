@@ -13,6 +13,7 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError
 
 from fedtri import atomic
+from fedtri.communication.codec import ONCE
 from fedtri.communication.flower_calls import BEHIND, Called, SiteError
 from fedtri.communication.memory import BehindError
 from fedtri.config import ClientName, Columns, Config, Strict
@@ -136,7 +137,7 @@ def respond(opened: Opened, call: Called) -> bytes:
         said = codec.open_request(call.data, name)
         journal = Journal(Path(opened.node.state) / "runs" / call.run.hex())
         when = moment(said.phase, said.round)
-        store = opened.site.store if said.phase == "sketch" else journal.before(when)
+        store = opened.site.store if said.phase in ONCE else journal.before(when)
         try:
             request = codec.read_request(said, name, store)
         except BehindError as behind:
@@ -144,6 +145,9 @@ def respond(opened: Opened, call: Called) -> bytes:
             raise SiteError(BEHIND) from behind
     LOG.info("fedtri: %s: %s, round %d", name, request.phase, request.round + 1)
     with stage(f"at work on {request.phase}"):
+        if request.phase == "basis":  # it changes nothing that the client keeps
+            (reply,) = client.client_update(opened.site, [request])
+            return codec.write_reply(reply, request, store)
         if request.phase == "sketch":
             return codec.write_reply(_sketched(opened, request), request, store)
         (reply,) = client.client_update(replace(opened.site, store=store), [request])

@@ -15,12 +15,23 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedtri.adapters import model as adapters
-from fedtri.adapters.layout import Layout
+from fedtri.adapters.layer import weight_of
+from fedtri.adapters.layout import Factors, Layout
 from fedtri.adapters.model import AdaptedModel
-from fedtri.execution.executor import ClientModel, OnStep, Optimization, Rows, Scoring, Training, minibatches
+from fedtri.errors import FedtriError
+from fedtri.execution.executor import (
+    ClientModel,
+    OnStep,
+    Optimization,
+    Reduce,
+    Rows,
+    Scoring,
+    Training,
+    minibatches,
+)
 from fedtri.execution.recompute import Recomputation
 from fedtri.execution.steps import steps
 from fedtri.execution.workers import Worker, side_by_side
@@ -71,6 +82,11 @@ class ReferenceExecutor:
         """See `Executor`."""
         adapters.unload(self.adapted)
         return self._all([partial(self._features, own) for own in rows])
+
+    def gradients(self, models: Sequence[ClientModel], rows: Sequence[Rows], reduce: Sequence[Reduce]) -> list[Factors]:
+        """See `Executor`."""
+        work = zip(models, rows, reduce, strict=True)
+        return self._all([partial(self._gradient, *one) for one in work])
 
     def _all(self, jobs: Sequence[Callable[[Worker], Any]], heard: Callable[..., None] = lambda *said: None) -> list:
         size = self.group or max(len(jobs), 1)
@@ -125,6 +141,33 @@ class ReferenceExecutor:
             batch = to_device(self.examples.batch(rows[places]), self.adapted.device)
             found.append((places, self.task.features(self.adapted.model, batch)))
         return in_order(found)
+
+    def _gradient(self, model: ClientModel, rows: Rows, reduce: Reduce, worker: Worker) -> Factors:
+        """By autograd on a dense W of zeros beside each layer's frozen weight, whatever type that is kept in."""
+        if not (terms := int(self.examples.terms[rows].sum())):
+            raise FedtriError(
+                f"basis: {model.client} has no training example with a label or a response, so its loss has no "
+                'gradient; give it some, or choose basis = "weights"'
+            )
+        self._load(model)
+        layers = {layer.name: self.adapted.layer(layer.name) for layer in self.layout.layers}
+        dense = {layer.name: torch.zeros(layer.d_out, layer.d_in) for layer in self.layout.layers}
+        for name, layer in layers.items():
+            layer.factors["W"] = nn.Parameter(dense[name].to(self.adapted.device, self.adapted.dtype))
+        if self.recomputation:
+            self.recomputation.learning(True)
+        for chosen in self._micro_batches(rows):
+            if worker.stop():
+                break
+            (self._scores(chosen).loss.sum() / terms).backward()
+        if self.recomputation:
+            self.recomputation.learning(False)
+        for name, layer in layers.items():
+            gradient = layer.factors["W"].grad
+            if gradient is not None:  # else a layer that this task does not use
+                dense[name] = gradient * weight_of(layer.base) if self.adapted.kind == "hira" else gradient
+        adapters.unload(self.adapted)
+        return reduce(dense)
 
     def _load(self, own: ClientModel) -> None:
         adapters.load(self.adapted, own.factors, rank=own.rank, alpha=own.alpha, classes=own.classes)

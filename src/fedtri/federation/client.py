@@ -11,6 +11,7 @@ from fedtri.adapters.layout import Factors, only
 from fedtri.data.partition import Split
 from fedtri.execution.executor import ClientModel, Executor, OnStep, Optimization, Rows, Scoring, Training
 from fedtri.execution.workers import Worker, side_by_side
+from fedtri.federation.basis import drawn, leading_factors
 from fedtri.messages import POOLED, Reply, Request, Sketch
 from fedtri.method import Method, Plan, Trained
 from fedtri.seeds import derive
@@ -40,6 +41,8 @@ class Site:
     """How many classes a sketch has."""
     classes: Mapping[str, np.ndarray] = field(default_factory=dict)
     """The classes of each client's own head, where these differ; empty where all have all."""
+    basis_examples: int = 64
+    """From how many of its training examples a client computes its gradient for a basis, at most."""
     evaluate: bool = True
     """Whether clients are scored after local training too; where they are asked to evaluate, they do."""
     validate: bool = False
@@ -63,7 +66,7 @@ class Site:
 
 def client_update(site: Site, requests: Sequence[Request]) -> list[Reply]:
     """Answer the requests of one phase of one round, one a client, in their order."""
-    answer = {"sketch": _sketch, "train": _train, "evaluate": _evaluate}[requests[0].phase]
+    answer = {"basis": _basis, "sketch": _sketch, "train": _train, "evaluate": _evaluate}[requests[0].phase]
     return answer(site, requests)
 
 
@@ -168,6 +171,17 @@ def _scored(
     places = [place for place, own in enumerate(rows) if len(own)]
     work = [Scoring(models[place], rows[place], further) for place in places]
     return list(zip(places, site.executor.evaluate(work) if work else [], strict=True))
+
+
+def _basis(site: Site, requests: Sequence[Request]) -> list[Reply]:
+    """Each client's gradient where everyone starts: ΔW = 0, and the head as it is before any training."""
+    models, rows, reduce = [], [], []
+    for client in (request.client for request in requests):
+        rows.append(drawn(site.splits[client].train, site.basis_examples, site.seed, client))
+        models.append(site.model(client, site.initial(client)))
+        reduce.append(leading_factors(site.scales.ranks[client], site.seed, client))
+    found = site.executor.gradients(models, rows, reduce)
+    return [_reply(site, request, up) for request, up in zip(requests, found, strict=True)]
 
 
 def _sketch(site: Site, requests: Sequence[Request]) -> list[Reply]:

@@ -1,11 +1,11 @@
-"""The round loop: sketch newcomers, train, aggregate, deliver and evaluate; it yields a line and a state a round."""
+"""The round loop: a basis before the first round, where the method wants one; sketch newcomers, train, aggregate, deliver and evaluate; it yields a line and a state a round."""
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedtri.aggregation import fidelity
+from fedtri.aggregation import fidelity, means
 from fedtri.errors import FedtriError
 from fedtri.federation import server
 from fedtri.federation.record import OnPhase, Record
@@ -75,19 +75,25 @@ def run(
         if not missed:
             record = Record(transport, state.round, on_phase)
         chosen = server.sample(clients, schedule.fraction, state.round, schedule.seed)
-        state = _welcomed(method, state, chosen, record)
-        state, trained = _ask(method, state, _trainees(method, state, chosen), "train", record)
-        if len(trained) < schedule.quorum:
+        answers = list[Answer]()
+        if server.wants_basis(method, state):
+            state, answers = _ask(method, state, clients, "basis", record)
+            if len(answers) >= schedule.quorum:
+                state = server.based(method, state, [answer.reply for answer in answers])
+        if not server.wants_basis(method, state):
+            state = _welcomed(method, state, chosen, record)
+            state, answers = _ask(method, state, _trainees(method, state, chosen), "train", record)
+        if len(answers) < schedule.quorum:
             missed += 1
             if missed >= schedule.attempts:
-                raise FedtriError(record.shortage(len(trained), schedule.quorum))
+                raise FedtriError(record.shortage(len(answers), schedule.quorum))
             continue
-        missed = 0
+        trained, missed = answers, 0
         began = time.perf_counter()
         replies = [answer.reply for answer in trained]
         before = _delivered(state, trained)
         state = server.server_step(method, before, replies)
-        lossless = fidelity.logged(before, state, replies)
+        lossless = fidelity.logged(before, state, means.counted(replies, method.weights))
         record.seconds["aggregate"] += time.perf_counter() - began
         last, evaluated = state.round >= schedule.rounds, list[Answer]()
         if schedule.evaluate or last:

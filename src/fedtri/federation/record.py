@@ -36,6 +36,7 @@ class Record:
     on_phase: OnPhase
     up: dict[str, int] = field(default_factory=dict)
     down: dict[str, int] = field(default_factory=dict)
+    basis: dict[str, int] = field(default_factory=dict)
     sketch: dict[str, int] = field(default_factory=dict)
     latency: dict[str, dict[str, float]] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
@@ -90,7 +91,7 @@ class Record:
             "accuracy_personal": spread(ACCURACY, metric(trained, ACCURACY + PERSONAL)),
             "test_loss": spread(LOSS, metric(evaluated, LOSS)),
             "test_loss_local": spread(LOSS, metric(trained, LOSS)),
-            "bytes": {"up": self.up, "down": self.down, **({"sketch": self.sketch} if self.sketch else {})},
+            "bytes": {"up": self.up, "down": self.down} | self._once(),
             "seconds": {name: round(value, 4) for name, value in self.seconds.items()},
         }
         further = {
@@ -106,8 +107,12 @@ class Record:
             del line["accuracy_personal"]
         return line | {name: value for name, value in further.items() if value not in (None, {}, [])}
 
+    def _once(self) -> dict[str, dict[str, int]]:
+        """The bytes up of what a client sends once in a run, where any did in this round."""
+        return {name: table for name, table in (("basis", self.basis), ("sketch", self.sketch)) if table}
+
     def _answered(self, answer: Answer, phase: Phase) -> None:
-        client, up = answer.reply.client, self.sketch if phase == "sketch" else self.up
+        client, up = answer.reply.client, {"basis": self.basis, "sketch": self.sketch}.get(phase, self.up)
         up[client] = up.get(client, 0) + answer.up
         self.down[client] = self.down.get(client, 0) + answer.down
         if answer.seconds is not None:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from fedtri.adapters.layout import Factors, Key, Layout, only
-from fedtri.aggregation import pairs
+from fedtri.aggregation import bases, means, pairs
 from fedtri.messages import Held, Reply, Request
 from fedtri.method import Method
 from fedtri.metrics import Phase
@@ -44,7 +44,7 @@ def round_half_up(value: float) -> int:
 
 def requests(method: Method, state: ServerState, clients: Sequence[str], round: int, phase: Phase) -> list[Request]:
     """A request a client, carrying what changed for it since it was last sent anything."""
-    if phase == "sketch":
+    if phase in ("basis", "sketch"):
         return [Request(phase, round, client, {}) for client in clients]
     up = method.plan(round).up if phase == "train" else frozenset[str]()
     return [
@@ -63,9 +63,9 @@ def values(state: ServerState, client: str) -> Factors:
 
 def downlink(method: Method, state: ServerState, client: str) -> Factors:
     """What a client does not have yet of the shared tensors, overridden by its personal ones."""
-    have = state.deliveries.sent.get(client, 0)
+    have = state.deliveries.sent.get(client, -1)
     new = {key for key, changed in state.deliveries.shared.items() if changed > have}
-    if state.deliveries.personal.get(client, 0) > have:
+    if state.deliveries.personal.get(client, have) > have:
         new |= state.personal[client].keys()
     down = {key: value for key, value in values(state, client).items() if key in new}
     return only(down, method.plan(state.round).down)
@@ -84,6 +84,18 @@ def forgotten(state: ServerState, clients: Sequence[str]) -> ServerState:
         for table in (state.deliveries.sent, state.held)
     )
     return state.with_(deliveries=replace(state.deliveries, sent=sent), held=held)
+
+
+def wants_basis(method: Method, state: ServerState) -> bool:
+    """Whether the clients are to send their gradients first, from which the method's A (and B) are made."""
+    return method.adapter.basis == "gradient" and not any(key.factor == "A" for key in state.deliveries.shared)
+
+
+def based(method: Method, state: ServerState, replies: Sequence[Reply]) -> ServerState:
+    """The state with the basis that these replies' gradients give, in whatever order they came, as everyone's."""
+    ordered = sorted(replies, key=lambda reply: reply.client)
+    rank = max(state.scales.ranks.values())
+    return means.share(state, bases.pooled(ordered, method.adapter.basis_factors, rank))
 
 
 def sketched(method: Method, state: ServerState, replies: Sequence[Reply]) -> ServerState:

@@ -17,7 +17,7 @@ from fedtri.errors import FedtriError
 from fedtri.metrics import SPREADS, STAGES
 from fedtri.storage import run_directory
 
-WAYS = ("up", "down", "sketch")
+WAYS = ("up", "down", "basis", "sketch")
 EXPECTED = ("loss", "accuracy", "accuracy_local", "bytes", "seconds")
 
 COMPARISON = "compare.json"
@@ -118,8 +118,8 @@ class Run:
 
     @cached_property
     def cumulative_bytes(self) -> pd.Series:
-        """Bytes that all clients have sent up to and with each round, sketches among them."""
-        return pd.Series(self.rounds[["bytes_up", "bytes_sketch"]].sum(axis=1).cumsum())
+        """Bytes that all clients have sent up to and with each round, bases and sketches among them."""
+        return pd.Series(self.rounds[["bytes_up", "bytes_basis", "bytes_sketch"]].sum(axis=1).cumsum())
 
     def latest(self, metric: str) -> dict[str, float]:
         """Each client's last known value of a metric."""

@@ -9,18 +9,18 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig
 
 from fedtri import methods, tasks
-from fedtri.adapters.initial import DRAWN, initial_factors
+from fedtri.adapters.initial import derived_factors
 from fedtri.adapters.layer import Kind, shape_of
-from fedtri.adapters.layout import Factors, Key, Layer, Layout
+from fedtri.adapters.layout import FACTORS, Layer, Layout
 from fedtri.aggregation import server_optimizers
 from fedtri.communication.codec import Codec, SketchSize
 from fedtri.communication.compression import Types
@@ -74,6 +74,8 @@ class Spec:
     """Whether each client's head has the classes of its own examples alone."""
     init_adapter: str | None
     """A PEFT adapter to start from."""
+    basis_examples: int
+    """From how many training examples a client computes its gradient for a basis, at most."""
     fingerprint: bytes
     """8 bytes that differ where any setting differs that both ends must share."""
     method: Method = field(compare=False, repr=False)
@@ -99,8 +101,16 @@ class Spec:
     def codec(self) -> Codec:
         """How this federation's messages become bytes."""
         expected, wire = Expectation(self.layout, self.scales, self.wire.norm_bound), self.wire
-        types = Types(wire.up, wire.down, wire.basis)
-        return Codec(expected, self.method.plan, types, self.sketch, _start(self), self.fingerprint)
+        parts = self.method.adapter
+        bases = parts.basis_factors if parts.basis == "gradient" else frozenset[str]()
+        of_rank = functools.cache(functools.partial(
+            derived_factors, self.layout, seed=self.seed, basis=parts.basis, core=parts.core,
+            given=self.init_adapter is not None,
+        ))  # fmt: skip
+        return Codec(
+            expected, self.method.plan, Types(wire.up, wire.down, wire.basis), self.sketch,
+            lambda client: of_rank(self.scales.ranks[client]), bases, self.fingerprint,
+        )  # fmt: skip
 
     def payload_bytes(self, client: str) -> int:
         """The bytes of the numbers alone that this client sends in a round after the first."""
@@ -137,7 +147,7 @@ def spec_of(
     method, recipe = method_of(config, method), task_of(config)
     names = sorted(clients)
     ranks = client_ranks(config.rank, names, config.seed)
-    how, patience = optimization_of(config), config.early_stopping.patience
+    how, patience = optimization_of(config, method), config.early_stopping.patience
     if patience is not None and config.split.validation == 0:
         raise FedtriError("early_stopping.patience: needs validation examples; set split.validation above 0")
     if method.plan(0).pooled:  # one pseudo-client does the work of all who take part
@@ -168,6 +178,7 @@ def spec_of(
         seed=config.seed,
         own_classes=config.labels == "own",
         init_adapter=config.init_adapter,
+        basis_examples=config.basis_examples,
         fingerprint=fingerprint_of(config),
         method=method,
         recipe=recipe,
@@ -185,7 +196,7 @@ def columns_of(config: Config) -> dict[str, str]:
 
 
 def method_of(config: Config, instead: Method | None = None) -> Method:
-    """The method with its options, head, kind of adapter and server optimiser.
+    """The method with its options, head, kind of adapter, weights and server optimiser.
 
     Args:
         config: The configuration.
@@ -200,7 +211,9 @@ def method_of(config: Config, instead: Method | None = None) -> Method:
         step = server_optimizers.optimizer(server.optimizer, learning_rate=server.learning_rate, betas=betas)
     if instead is None:
         instead = methods.make(config.method, config.method_options)
-    method = methods.as_run(instead, head=config.head, adapter=config.adapter, optimizer=step)
+    method = methods.as_run(
+        instead, head=config.head, adapter=config.adapter, basis=config.basis, optimizer=step, weights=config.weights
+    )
     if not isinstance(config.rank, int) and not method.adapter.mixed_ranks:
         raise FedtriError(
             f"rank: {method.name} needs one rank for all clients, got {config.rank!r}; give one number, or choose of "
@@ -209,13 +222,24 @@ def method_of(config: Config, instead: Method | None = None) -> Method:
     return method
 
 
-def optimization_of(config: Config) -> Optimization:
-    """How a client trains in one round."""
+def optimization_of(config: Config, method: Method) -> Optimization:
+    """How a client of this method trains in one round.
+
+    Raises FedtriError for the learning rate of a factor that the method does not train.
+    """
     table = config.optimizer
+    learns = frozenset[str]().union(*(method.plan(round).train for round in range(max(2, config.rounds))))
+    for factor in table.learning_rates:
+        if factor not in learns:
+            raise FedtriError(
+                f"optimizer.learning_rates.{factor}: {method.name} does not train {factor}, expected one of "
+                f"{', '.join(f for f in FACTORS if f in learns)}; leave it out"
+            )
     return Optimization(
         steps=config.steps, epochs=config.epochs, batch_size=config.batch_size, learning_rate=config.learning_rate,
         schedule=table.schedule, warmup=table.warmup, weight_decay=table.weight_decay,
         betas=(table.betas[0], table.betas[1]), clip=table.clip or None,
+        learning_rates={**method.adapter.learning_rates, **table.learning_rates},
     )  # fmt: skip
 
 
@@ -301,25 +325,6 @@ def layout_of(
         adapted.append(Layer(name, d_in, d_out))
     magnitudes = "M" if kind == "dora" else ""
     return Layout(tuple(adapted), in_head, extra=_in_order(parts.extra + magnitudes), heads=parts.heads)
-
-
-def derived_factors(spec: Spec, rank: int) -> dict[Key, Tensor]:
-    """What a client of this rank starts from, as far as both ends derive it from the seed: no head, no adapter's file.
-
-    A basis that is none of those which are drawn comes down; so A and B are left out there.
-    """
-    basis = spec.method.adapter.basis
-    drawn = basis in DRAWN and spec.init_adapter is None
-    factors = initial_factors(spec.layout, {}, rank=rank, seed=spec.seed, basis=basis if drawn else "kaiming")
-    if "W" in spec.layout.extra:
-        factors |= {Key(layer.name, "W"): torch.zeros(layer.d_out, layer.d_in) for layer in spec.layout.layers}
-    return {key: value for key, value in factors.items() if drawn or key.factor not in "AB"}
-
-
-def _start(spec: Spec) -> Callable[[str], Factors]:
-    """Each client's `derived_factors`, made once for each rank."""
-    of_rank = functools.cache(functools.partial(derived_factors, spec))
-    return lambda client: of_rank(spec.scales.ranks[client])
 
 
 def fingerprint_of(config: Config) -> bytes:

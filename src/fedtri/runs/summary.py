@@ -65,14 +65,15 @@ def _bytes(lines: Sequence[Mapping[str, Any]], payload: int, numbers: int) -> di
     # A client that was not drawn may still be scored, and is then sent all that it missed: no typical round.
     ups = [n for line in lines for n in line["bytes"]["up"].values()]
     downs = [n for line in lines for c, n in line["bytes"]["down"].items() if c in line["clients"]]
-    sketches = [n for line in lines for n in line["bytes"].get("sketch", {}).values()]
+    bases, sketches = ([n for line in lines for n in line["bytes"].get(w, {}).values()] for w in ("basis", "sketch"))
     return {
         "up_per_client_round": round(sum(ups) / max(len(ups), 1)),
         "down_per_client_round": round(sum(downs) / max(len(downs), 1)),
         "payload_up_per_client_round": payload,
         "numbers_up_per_client_round": numbers,
+        "basis_per_client": round(sum(bases) / max(len(bases), 1)),
         "sketch_per_client": round(sum(sketches) / max(len(sketches), 1)),
-        "total": sum(ups) + sum(n for line in lines for n in line["bytes"]["down"].values()) + sum(sketches),
+        "total": sum(ups) + sum(n for line in lines for n in line["bytes"]["down"].values()) + sum(bases + sketches),
     }
 
 

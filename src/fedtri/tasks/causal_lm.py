@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -65,7 +66,7 @@ def causal_lm(
         load=load,
         examples=lambda pool, tokenizer, limit: examples(pool, tokenizer, limit, template, truncation),
         learning=learning,
-        skeleton=AutoModelForCausalLM.from_config,
+        skeleton=partial(checkpoints.skeleton, AutoModelForCausalLM, WHAT),
         head=lambda model: [],
         answers=answers,
         example_input="a prompt",

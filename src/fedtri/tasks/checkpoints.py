@@ -62,6 +62,14 @@ def load_config(model: str, what: str) -> PretrainedConfig:
         _refuse(model, what, error)
 
 
+def skeleton(auto: Any, what: str, config: PretrainedConfig) -> nn.Module:
+    """The model without weights as the class `auto` makes it. Raises FedtriError if it has none of this type."""
+    try:
+        return auto.from_config(config)
+    except ValueError as error:
+        _refuse(config.name_or_path, what, error)
+
+
 def _quantisation(auto: Any, where: str, weights: Weights, head: Callable[[nn.Module], list[str]]) -> dict[str, Any]:
     """The arguments with which `from_pretrained` quantises the backbone's linear layers, but not the head's.
 

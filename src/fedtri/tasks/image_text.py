@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import normalize
-from transformers import AutoModel, CLIPModel
+from transformers import AutoModel, CLIPModel, PretrainedConfig
 
 from fedtri.adapters.layer import precision
 from fedtri.errors import FedtriError
@@ -48,13 +48,22 @@ def image_text(*, prompt: str = "a photo of a {}") -> Recipe:
         load=load,
         examples=lambda pool, processor, _: images.examples(pool, processor.images),
         learning=partial(learning, prompt),
-        skeleton=AutoModel.from_config,
+        skeleton=skeleton,
         feature_size=feature_size,
         head=lambda model: [],
         classifies=True,
         answers=partial(answers, prompt),
         example_input="picture.png",
     )
+
+
+def skeleton(config: PretrainedConfig) -> nn.Module:
+    """A CLIP model without weights. Raises FedtriError if the configuration is of another type."""
+    if config.model_type != "clip":
+        raise FedtriError(
+            f"model: {config.name_or_path} is of type {config.model_type!r}, expected {WHAT} for task image_text"
+        )
+    return AutoModel.from_config(config)
 
 
 def feature_size(model: nn.Module) -> int:
@@ -82,10 +91,8 @@ class Processor:
 
 def load(model: str, label_names: Sequence[str], weights: Weights) -> Loaded:
     """A CLIP model, its image processor and its tokenizer. Raises FedtriError if it cannot be loaded as one."""
-    config: Any = checkpoints.load_config(model, WHAT)
-    if config.model_type != "clip":
-        raise FedtriError(f"model: {model} is of type {config.model_type!r}, expected {WHAT} for task image_text")
     loaded, fresh = checkpoints.load_model(CLIPModel, model, WHAT, weights, lambda _: [])
+    config: Any = loaded.config
     text = config.text_config
     return Loaded(
         loaded,

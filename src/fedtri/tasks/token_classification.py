@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -36,7 +37,7 @@ def token_classification() -> Recipe:
         load=load,
         examples=examples,
         learning=lambda label_names, _: TokenClassification(len(label_names)),
-        skeleton=AutoModelForTokenClassification.from_config,
+        skeleton=partial(checkpoints.skeleton, AutoModelForTokenClassification, WHAT),
         sketch_classes=lambda label_names: 1,
         answers=answers,
     )

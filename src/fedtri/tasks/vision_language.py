@@ -7,6 +7,7 @@ it is refused.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -57,7 +58,7 @@ def vision_language(
         load=load,
         examples=lambda pool, processor, limit: examples(pool, processor, limit, template),
         learning=learning,
-        skeleton=AutoModelForImageTextToText.from_config,
+        skeleton=partial(checkpoints.skeleton, AutoModelForImageTextToText, WHAT),
         feature_size=feature_size,
         head=lambda model: [],
     )

@@ -77,12 +77,19 @@ def unmutated(world: World) -> None:
 
 
 def identical(world: World) -> None:
-    """Whatever the clients' sizes. Seen to fail with weights that sum to m / (m + 1), and with A and B weighted."""
+    """Whatever the clients' sizes. Seen to fail with weights that sum to m / (m + 1), and with A and B weighted.
+
+    Where what clients send arrives in the others' second adapter, it must arrive there as it was sent.
+    """
     now = world.moment()
     built, first = now.federation, now.replies[0]
     site, mine = built.site, built.site.kept(first.client)
     replies = [replace(reply, up=first.up) for reply in now.replies]
     state = server.server_step(built.method, now.state, replies)
+    plan = built.method.plan(now.state.round)
+    if "a" in plan.down - plan.train:
+        second = {Key(key.layer, key.factor.lower()): value for key, value in first.up.items() if key.factor in "AB"}
+        mine = built.method.receive(mine, second, dict)
     for reply in replies:
         site.store.save(reply.client, mine, "same")
         down = server.downlink(built.method, state, reply.client)
@@ -104,9 +111,10 @@ def travels(world: World) -> None:
         assert counted == heard.encoded, f"{counted} bytes were counted, {heard.encoded} were encoded"
         for request, answer in heard.exchanged:
             assert isinstance(answer, Answer), f"the server refused a reply: {answer}"
-            now, trains = plan(request.round), request.phase == "train"
-            assert set(answer.reply.up) == set(layout.keys(now.up if trains else frozenset())), request.phase
-            downwards = layout.keys(now.down if request.phase != "sketch" else frozenset())
+            now = plan(request.round)
+            upwards = {"train": now.up, "basis": frozenset("AB")}.get(request.phase, frozenset())
+            assert set(answer.reply.up) == set(layout.keys(upwards)), request.phase
+            downwards = layout.keys(now.down if request.phase in ("train", "evaluate") else frozenset())
             assert set(request.down) <= set(downwards), request.phase
         heard.exchanged.clear()
         heard.encoded = 0
@@ -157,13 +165,16 @@ def alive(world: World) -> None:
 
 def executors(world: World) -> None:
     """Seen to fail with a loss that is the mean over the pooled batch of several clients, and with one norm clipped for
-    all of them. With small passes and epochs of unequal length, against one client at a time in plain PyTorch."""
+    all of them. With small passes and epochs of unequal length, against one client at a time in plain PyTorch, each
+    asked alone as on a network: its local update sees no other."""
     common = {"steps": None, "epochs": 1.0, "batch_size": 8, "optimizer": {"clip": 0.05}, "partition": "dirichlet:0.5"}
     ways = {"together": {"group": 0, "token_budget": 60}, "alone": {"executor": "reference"}}
     found = {}
     for name, simulation in ways.items():
         built = world.federation(name, double=True, **common, simulation=simulation)
-        found[name] = [(progress.state, progress.line) for progress in rounds(built)], tensors(built)
+        transport = OneByOne(built.transport) if name == "alone" else built.transport
+        ran = loop.run(built.method, transport, built.spec.scales, built.spec.schedule)
+        found[name] = [(progress.state, progress.line) for progress in ran], tensors(built)
     (together, mine), (alone, reference) = found["together"], found["alone"]
     assert_same(mine, reference, "the clients' tensors", atol=1e-9, rtol=0.0)
     for (state, line), (expected, plain) in zip(together, alone, strict=True):
@@ -232,6 +243,21 @@ laws: Sequence[Law] = (
     Law("a run that is stopped and resumed equals one that never was", resumes),
     Law("an exported adapter gives the client's own answers", exports),
 )
+
+
+class OneByOne:
+    """A transport that asks one client after the other, as a network does."""
+
+    def __init__(self, inner: LocalTransport) -> None:
+        self.inner = inner
+
+    def clients(self) -> list[str]:
+        """See `Transport`."""
+        return self.inner.clients()
+
+    def exchange(self, requests: Sequence[Request]) -> list[Answer | Failure]:
+        """See `Transport`."""
+        return [answer for request in requests for answer in self.inner.exchange([request])]
 
 
 class Listening:

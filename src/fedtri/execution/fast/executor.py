@@ -19,13 +19,23 @@ from torch import Tensor, nn
 
 from fedtri.adapters import model as adapters
 from fedtri.adapters.bfloat16 import ROWS
-from fedtri.adapters.layout import Key, Layout
+from fedtri.adapters.layout import Factors, Key, Layout
 from fedtri.adapters.model import AdaptedModel, Adapter
-from fedtri.execution.executor import ClientModel, OnStep, Optimization, Rows, Scoring, Training, minibatches
+from fedtri.execution.executor import (
+    ClientModel,
+    OnStep,
+    Optimization,
+    Reduce,
+    Rows,
+    Scoring,
+    Training,
+    minibatches,
+)
 from fedtri.execution.fast.kept import Keeping, KeptStates
 from fedtri.execution.fast.model import Frozen, SharedPass
 from fedtri.execution.fast.table import architecture_of
-from fedtri.execution.reference import batches, in_order
+from fedtri.execution.recompute import Recomputation
+from fedtri.execution.reference import ReferenceExecutor, batches, in_order
 from fedtri.execution.steps import Steps, steps
 from fedtri.execution.workers import Worker, shared, side_by_side
 from fedtri.method import Trained
@@ -160,6 +170,12 @@ class FastExecutor:
             return in_order(found)
 
         return side_by_side([partial(one, own) for own in rows])
+
+    def gradients(self, models: Sequence[ClientModel], rows: Sequence[Rows], reduce: Sequence[Reduce]) -> list[Factors]:
+        """See `Executor`. By the plain code, as it is done once in a run."""
+        again = Recomputation(self.adapted.model) if self.recompute else None
+        plain = ReferenceExecutor(self.adapted, self.task, self.examples, self.token_budget, again, self.group)
+        return plain.gradients(models, rows, reduce)
 
     def _open(self) -> None:
         if self.kept is not None:
