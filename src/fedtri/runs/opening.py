@@ -157,6 +157,7 @@ def open_site(
         classes=data.classes,
         basis_examples=spec.basis_examples,
         evaluate=spec.schedule.evaluate,
+        fits_heads=spec.fits_heads,
         validate=spec.validates,
         on_step=on_step,
     )
