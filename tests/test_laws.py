@@ -30,7 +30,7 @@ EXECUTORS = "every executor gives a client the same result"
 RESUMED = "a run that is stopped and resumed equals one that never was"
 MOVES = "every factor that learns moves, and no other"
 VARIANTS: list[tuple[str, Callable[[], Method], dict[str, Any], Sequence[str]]] = [
-    ("ce_lora in a shared basis", functools.partial(METHODS["ce_lora"], basis="shared"), {}, list(BY_NAME)),
+    ("ce_lora in a frozen basis", functools.partial(METHODS["ce_lora"], frozen=True), {}, list(BY_NAME)),
     ("ce_lora with a shared head", METHODS["ce_lora"], {"head": "shared"}, [UPDATE, MOVES, RESUMED]),
     ("fedit with personal heads", METHODS["fedit"], {"head": "personal"}, [UPDATE, MOVES, RESUMED]),
     ("fedit by DoRA", METHODS["fedit"], {"adapter": "dora"}, [UPDATE, MOVES, EXECUTORS, EXPORT]),

@@ -23,9 +23,9 @@ from tiny import assert_same, classifier, clients_tensors, rounds, tokenizer
 pytestmark = [pytest.mark.network, pytest.mark.timeout(400)]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def net(lab, tmp_path_factory) -> Iterator[Network]:
-    """One SuperLink and four SuperNodes for all tests."""
+    """One SuperLink and four SuperNodes for all tests here. Left running, they take a quarter of a core."""
     net = Network(tmp_path_factory.mktemp("network") / "fed", lab)
     try:
         for client in CLIENTS:
@@ -62,7 +62,7 @@ def test_a_run_whose_server_is_killed_in_mid_round_ends_bit_for_bit_as_in_one_pr
     model = lab.folder / "three layers"
     for part in (classifier("bert", num_hidden_layers=3), tokenizer()):
         part.save_pretrained(model)
-    values = {"method": "ce_lora", "model": str(model), "layers": "last:2", "wire__dtype": "int8"}
+    values = {"method": "ce_lora", "model": str(model), "layers": "last:2", "wire__up": "int8"}
     config = net.configuration(tmp_path / "run", rounds=2, **values)
     out, late = net.run(config), CLIENTS[1]
     wait_for(lambda: len(network.lines(out)) == 1, 150, lambda: net.log(net.server))

@@ -1,9 +1,10 @@
 """Defines a method: what travels in each round, how a client trains, and how the server combines the replies."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
+from fedtri.adapters.initial import BASES, Basis
 from fedtri.adapters.layout import Factors
 from fedtri.messages import Reply
 from fedtri.state import ServerState
@@ -44,8 +45,12 @@ class Plan:
 class AdapterSpec:
     """What the adapter of each layer consists of, and for which kinds of adapter the method is defined."""
 
-    basis: Literal["kaiming", "orthonormal"] = "kaiming"
-    """How the initial A (and, for "orthonormal", B) is drawn from the run's seed."""
+    basis: Basis = "kaiming"
+    """Where A comes from, and B where it is a basis too; see `fedtri.adapters.initial`."""
+    core: bool = False
+    """Whether A and B are both a basis and C starts at 0. Otherwise B starts at 0, and C at the identity."""
+    bases: tuple[Basis, ...] = BASES
+    """The bases that a run may choose for the method."""
     extra: str = ""
     """Factors that the method has besides A, C, B and H: letters of S, M, W, a, b. "P": it trains the model itself."""
     heads: int = 1
@@ -57,6 +62,14 @@ class AdapterSpec:
     personal_copy: bool = False
     """Whether a client keeps a second adapter and head at home, under `LocalRound.remember("personal", …)`, and reports
     its scores as NAME_personal."""
+    learning_rates: Mapping[str, float] = field(default_factory=dict)
+    """The learning rate of a factor, by its letter, where it wants one of its own: a core C wants a larger one than A
+    and B. The configuration's [optimizer.learning_rates] wins."""
+
+    @property
+    def basis_factors(self) -> frozenset[str]:
+        """The factors that come from the basis."""
+        return frozenset("AB" if self.core else "A")
 
 
 @dataclass(frozen=True)
@@ -140,6 +153,9 @@ class LocalRound(Protocol):
         ...
 
 
+Weights = Literal["examples", "uniform"]
+"""How clients count in a mean: p_k = n_k / Σn, or p_k = 1/m."""
+
 Aggregate = Callable[[ServerState, Sequence[Reply]], ServerState]
 """(state, replies in the clients' order) to the next state. A pure function. `state.round` is the round that closes."""
 LocalUpdate = Callable[[LocalRound], Sequence[Update]]
@@ -192,6 +208,8 @@ class Method:
     """If given, clients send a sketch when they first take part; then this is called with the new state."""
     averages: bool = False
     """Whether the server shares a plain weighted mean. Only then may a server optimiser follow it."""
+    weights: Weights = "examples"
+    """How clients count, as the paper or its authors' code has it. The configuration's `weights` overrides it."""
 
     def described(self) -> dict[str, Any]:
         """Its name and paper as plain values, for a run directory."""

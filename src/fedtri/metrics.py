@@ -6,10 +6,10 @@ Both the round loop, which writes rounds.jsonl, and those who read it take the n
 from collections.abc import Mapping
 from typing import Any, Literal
 
-Phase = Literal["sketch", "train", "evaluate"]
+Phase = Literal["basis", "sketch", "train", "evaluate"]
 """What the server can ask of a client. The order of PHASES is their code on the wire."""
-PHASES: tuple[Phase, ...] = ("sketch", "train", "evaluate")
-STAGES = ("sketch", "train", "aggregate", "evaluate")
+PHASES: tuple[Phase, ...] = ("basis", "sketch", "train", "evaluate")
+STAGES = ("basis", "sketch", "train", "aggregate", "evaluate")
 """The parts of a round whose seconds are counted, in order."""
 
 ACCURACY, LOSS = "accuracy", "loss"

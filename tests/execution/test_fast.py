@@ -108,6 +108,17 @@ def test_what_does_not_learn_stays(learns):
         assert torch.equal(value, before.factors[key]) == (key.factor not in learns), key
 
 
+def test_factors_with_learning_rates_of_their_own():
+    """C moves by its own rate, which is larger. Seen to fail with one group for all."""
+    on = adapted("bert")
+    before = client(on, 0)
+    how = replace(HOW, steps=1, clip=None, weight_decay=0.0, schedule="cosine", learning_rates={"C": 0.5, "H": 1e-3})
+    found = agree(on, clients=[before], how=how)
+    moved = {f: max(float((v - before.factors[k]).abs().max()) for k, v in found.trained[0].items() if k.factor == f)
+             for f in "ABCH"}  # fmt: skip
+    assert moved == pytest.approx({"A": 0.01, "B": 0.01, "C": 0.5, "H": 1e-3}, rel=1e-3)
+
+
 def test_clients_with_heads_of_their_own_classes():
     """Seen to fail with a head's rows taken as the first classes."""
     on = adapted("bert")

@@ -84,10 +84,10 @@ def test_the_raw_reference_compares_the_cores_themselves():
     torch.testing.assert_close(found(init)["weights"], EYE)
 
 
-def test_in_the_shared_basis_cores_start_at_zero_and_are_compared_as_they_are():
+def test_in_a_frozen_basis_cores_start_at_zero_and_are_compared_as_they_are():
     """Seen to fail with I subtracted from what started at 0."""
     cores = {"a": diagonal(1, 0), "b": diagonal(3, 0), "c": diagonal(0, 2)}
-    state = step(cores, similarity="model", basis="shared")
+    state = step(cores, similarity="model", frozen=True)
     torch.testing.assert_close(state.personal["a"][CORE], diagonal(2, 0))
     torch.testing.assert_close(state.personal["c"][CORE], diagonal(0, 2))
 
@@ -154,20 +154,19 @@ def test_the_mixture_is_linear_in_the_core_itself_whatever_the_reference():
 
 @pytest.mark.parametrize(
     ("options", "needs_sketch", "train"),
-    [({}, True, "ABCH"), ({"similarity": "model"}, False, "ABCH"), ({"basis": "shared"}, True, "CH")],
+    [({}, True, "ABCH"), ({"similarity": "model"}, False, "ABCH"), ({"frozen": True}, True, "CH")],
 )
 def test_what_ce_lora_asks_for(options, needs_sketch, train):
     method = methods.build("ce_lora", options)
     assert method.plan(0) == method.plan(7) == Plan.of(train=train, up="C", down="C")
     assert (method.welcome is not None) == needs_sketch
-    assert (method.adapter.basis == "orthonormal") == (options.get("basis") == "shared")
+    assert (method.adapter.basis == "orthonormal") == (options.get("frozen", False))
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         ({"reference": "first"}, "method_options.reference"),
-        ({"basis": "other"}, "method_options.basis"),
         ({"similarity": "none"}, "method_options.similarity"),
         ({"temperature": 0.0}, "method_options.temperature"),
         ({"temperature": -1.0}, "method_options.temperature"),

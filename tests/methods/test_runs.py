@@ -39,7 +39,7 @@ def test_without_evaluation_clients_are_scored_after_the_last_round_alone(lab, t
 
 
 def test_mixed_ranks_are_taken_by_these_methods_alone():
-    assert MIXED == ["flexlora", "hetlora", "flora", "flora_na"]
+    assert MIXED == ["flexlora", "hetlora", "raflora", "flora", "flora_na"]
 
 
 @pytest.mark.parametrize(("method", "rank"), [*((name, [1, 2, 3, 4]) for name in MIXED), ("flora", "uniform:1,4")])
@@ -91,7 +91,7 @@ def test_on_real_updates_flora_na_lies_between_fedit_and_the_best_of_its_rank(la
     tasks = server.requests(built.method, state, built.transport.clients(), state.round, "train")
     replies = [answer.reply for answer in built.transport.exchange(tasks)]
     best, na, fedit = (
-        fidelity.rho(state, server.server_step(build(name), state, replies), replies)["exact"]
+        fidelity.rho(state, server.server_step(build(name, weights="examples"), state, replies), replies)["exact"]
         for name in ("flexlora", "flora_na", "fedit")
     )
     assert all(best[layer] <= na[layer] * (1 + 1e-5) for layer in best)

@@ -4,7 +4,7 @@ key changes what it is about.
 
 import inspect
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from fedtri.config import Config
 from fedtri.deploy import site, terms
 from fedtri.errors import FedtriError
+from fedtri.methods import METHODS
 from fedtri.runs import spec as specs
 from fedtri.runs.opening import Machine, open_model
 from fedtri.runs.spec import Spec
@@ -42,10 +43,14 @@ KEYS: dict[str, tuple[Any, str]] = {
     "learning_rate": (0.5, "optimization"),
     "rank": (2, "scales"),
     "adapter": ("dora", "layout"),
+    "basis": ("gradient", ALWAYS),
+    "basis_examples": (8, "basis_examples"),
     "lora_alpha": (3.0, "scales"),
     "targets": ("query", "layout"),
     "layers": ("last:1", "layout"),
     "head": ("shared", ALWAYS),
+    "weights": ("uniform", ALWAYS),
+    "head_start": ("fit", "fits_heads"),
     "labels": ("own", REFUSED),
     "seed": (4, "seed"),
     "device": ("auto", NOTHING),
@@ -66,6 +71,7 @@ KEYS: dict[str, tuple[Any, str]] = {
     "optimizer.weight_decay": (0.1, "optimization"),
     "optimizer.betas": ([0.8, 0.9], "optimization"),
     "optimizer.clip": (False, "optimization"),
+    "optimizer.learning_rates": ({"B": 0.5}, "optimization"),
     "data_options.limit": (20, NOTHING),
     "split.train": (0.6, "shares"),
     "split.validation": (0.2, "shares"),
@@ -94,6 +100,7 @@ KEYS: dict[str, tuple[Any, str]] = {
 """Every key of the configuration: another value than the base's, and the field of the Spec that it must change."""
 NO_COLUMNS = {"columns.text": None, "columns.label": None}
 CONTEXT: dict[str, dict[str, Any]] = {
+    "head_start": {"head": "personal"},
     "method_options": {"method": "ce_lora"},
     "task_options": {"task": "causal_lm", "model": "{language}", **NO_COLUMNS},
 }
@@ -213,3 +220,21 @@ def test_a_model_of_other_shapes_than_its_configuration_says_is_refused(ends, la
     other = Machine(str(lab.model("roberta")), "cpu", Config().simulation)
     with pytest.raises(FedtriError, match=r"model: .*roberta is another model than"):
         open_model(server, other)
+
+
+def test_a_method_states_its_learning_rates_and_the_configuration_wins():
+    """Seen to fail with the method's rates over the configuration's."""
+    core = METHODS["fed_sb"]()
+    rated = replace(core, adapter=replace(core.adapter, learning_rates={"C": 0.02, "H": 0.1}))
+    config = Config(method="fed_sb")
+    assert specs.optimization_of(config, rated).learning_rates == {"C": 0.02, "H": 0.1}
+    config = Config.model_validate({"method": "fed_sb", "optimizer": {"learning_rates": {"C": 0.5}}})
+    assert specs.optimization_of(config, rated).learning_rates == {"C": 0.5, "H": 0.1}
+
+
+def test_the_learning_rate_of_a_factor_that_a_method_does_not_train_is_refused():
+    """RoLoRA trains A in odd rounds alone. Seen to fail with the plan of round 0 alone."""
+    config = Config.model_validate({"rounds": 1, "optimizer": {"learning_rates": {"A": 0.5}}})
+    assert specs.optimization_of(config, METHODS["rolora"]()).learning_rates == {"A": 0.5}
+    with pytest.raises(FedtriError, match=r"^optimizer\.learning_rates\.A: fed_sb does not train A, expected .* C, H;"):
+        specs.optimization_of(config, METHODS["fed_sb"]())

@@ -75,8 +75,8 @@ def by_layer(group: Pairs, B: Float[Tensor, "layers d_out r"], A: Float[Tensor, 
 def aligned(
     state: ServerState, group: Pairs, B: Float[Tensor, "layers d_out r"], A: Float[Tensor, "layers r d_in"]
 ) -> Pair:
-    """The same product in the basis nearest to that of the pair last shared; as it is in the first round."""
-    if Key(group.layers[0], "A") not in state.shared:
+    """The same product in the basis nearest to that of the pair last shared; as it is where none was shared yet."""
+    if not {Key(group.layers[0], factor) for factor in "AB"} <= state.shared.keys():
         return B, A
     before = [torch.stack([state.shared[Key(layer, factor)] for layer in group.layers]) for factor in "BA"]
     return products.procrustes_align(B, A, *before)

@@ -14,9 +14,16 @@ from fedtri.config import Config
 from fedtri.metrics import Phase
 from fedtri.report.names import amount
 
-SHARES: dict[Phase, tuple[float, float]] = {"sketch": (0.0, 0.1), "train": (0.1, 0.8), "evaluate": (0.8, 1.0)}
+SHARES: dict[Phase, tuple[float, float]] = {
+    "basis": (0.0, 0.05), "sketch": (0.05, 0.1), "train": (0.1, 0.8), "evaluate": (0.8, 1.0),
+}  # fmt: skip
 """The part of the bar that each phase fills, as shares of a round."""
-WORDS: dict[Phase, str] = {"sketch": "sketching", "train": "training", "evaluate": "evaluating"}
+WORDS: dict[Phase, str] = {
+    "basis": "taking gradients of",
+    "sketch": "sketching",
+    "train": "training",
+    "evaluate": "evaluating",
+}
 
 
 class Display(Protocol):
@@ -73,6 +80,8 @@ class _Plain:
     def phase(self, round: int, phase: Phase, clients: Sequence[str]) -> None:
         if phase == "sketch":
             self.console.print(f"sketching the data of {len(clients)} clients", highlight=False)
+        if phase == "basis":
+            self.console.print(f"a basis from the gradients of {len(clients)} clients", highlight=False)
 
     def step(self, client: str, step: int, loss: float) -> None:
         pass

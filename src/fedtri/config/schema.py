@@ -23,14 +23,22 @@ class Strict(BaseModel):
     model_config = STRICT
 
 
+Letter = Literal["A", "C", "B", "S", "M", "a", "b", "P", "H"]
+"""A factor that can learn, by its letter."""
+
+
 class Optimizer(Strict):
-    """[optimizer]: AdamW of the local steps; the schedule spans one round."""
+    """[optimizer]: AdamW of the local steps; the schedule spans one round.
+
+    [optimizer.learning_rates] gives a factor, by its letter, a learning rate in place of `learning_rate`: `C = 0.02`.
+    """
 
     schedule: Literal["constant", "linear", "cosine", "constant_with_warmup"] = "constant"
     warmup: Annotated[int, Field(ge=0)] = 0
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     betas: Annotated[list[Share], Field(min_length=2, max_length=2)] = [0.9, 0.999]
     clip: Annotated[float, Field(gt=0)] | Literal[False] = 1.0
+    learning_rates: dict[Letter, Annotated[float, Field(gt=0)]] = {}
 
 
 class DataOptions(Strict):
@@ -114,10 +122,21 @@ class Simulation(Strict):
     client_gpus: Annotated[float, Field(ge=0)] = 0.0
 
 
-class Wire(Strict):
-    """[wire]: the number type on the wire, and the largest norm a client's tensor may have."""
+NumberTypeName = Literal["float32", "float16", "bfloat16", "float64", "int8", "int4", "sign"]
 
-    dtype: Literal["float32", "float16", "bfloat16", "float64", "int8"] = "float32"
+
+class Wire(Strict):
+    """[wire]: the number types on the wire, and the largest norm a client's tensor may have.
+
+    `up` is how clients write what they learned, `down` how the server writes what came of it, `basis` how a tensor is
+    written that travels once: a basis that is never trained, and the first value of a tensor that neither end can
+    derive from the seed. Where `up` or `down` is int8, int4 or sign, both send differences to what the other end
+    has, and keep what rounding lost for the next message.
+    """
+
+    up: NumberTypeName = "float32"
+    down: NumberTypeName = "float32"
+    basis: NumberTypeName = "float32"
     norm_bound: Annotated[float, Field(gt=0)] = 1e4
 
 
@@ -165,10 +184,14 @@ class Config(Strict):
     learning_rate: Annotated[float, Field(gt=0)] = 3e-3
     rank: PositiveInt | list[PositiveInt] | Annotated[str, Field(pattern=r"^uniform:[1-9]\d*,[1-9]\d*$")] = 8
     adapter: Literal["lora", "dora", "hira"] = "lora"
+    basis: Literal["default", "kaiming", "orthonormal", "gradient", "weights"] = "default"
+    basis_examples: PositiveInt = 64
     lora_alpha: Annotated[float, Field(gt=0)] = 16.0
     targets: str | Annotated[list[str], Field(min_length=1)] = "auto"
     layers: Annotated[str, Field(pattern=r"^(all|last:[1-9]\d*)$")] = "all"
     head: Literal["default", "personal", "shared"] = "default"
+    weights: Literal["default", "examples", "uniform"] = "default"
+    head_start: Literal["initial", "fit"] = "initial"
     labels: Literal["shared", "own"] = "shared"
     seed: Annotated[int, Field(ge=0)] = 0
     device: str = "auto"

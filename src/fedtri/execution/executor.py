@@ -3,12 +3,14 @@
 `reference.py` defines what that means, one client at a time; every other executor must agree with it.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import numpy as np
+import torch
 from jaxtyping import Float, Int
+from torch import Tensor
 
 from fedtri.adapters.layout import Factors, Layout
 from fedtri.method import Trained
@@ -16,6 +18,8 @@ from fedtri.method import Trained
 Rows = Int[np.ndarray, "_"]
 OnStep = Callable[[str, int, float], None]
 """(client, step counted from 1, loss of its minibatch)"""
+Reduce = Callable[[Mapping[str, Tensor]], Factors]
+"""(the dense gradient (d_out, d_in) of each adapted layer, by its name) to what is kept of it."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,8 @@ class Optimization:
     betas: tuple[float, float] = (0.9, 0.999)
     clip: float | None = 1.0
     """The largest norm of a client's gradient over all that learns; None: any."""
+    learning_rates: Mapping[str, float] = field(default_factory=dict)
+    """The learning rate of a factor, by its letter, where it is not `learning_rate`. The schedule scales all alike."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,21 @@ class Scoring:
     """Whether the task's further metrics (perplexity, exact match) are wanted beside loss and accuracy."""
 
 
+@dataclass(frozen=True)
+class HeadInputs:
+    """What enters the last layer of a client's head, and the class that it should give; a row for each loss term."""
+
+    inputs: Float[np.ndarray, "terms d"]
+    classes: Int[np.ndarray, "terms"]
+
+    @staticmethod
+    def of(parts: Sequence[tuple[Rows, Tensor, Tensor]]) -> "HeadInputs":
+        """From parts of (the example that each term belongs to, inputs, classes), in the order of the examples."""
+        order = np.argsort(np.concatenate([owners for owners, _, _ in parts]), kind="stable")
+        inputs, classes = (torch.cat([part[place] for part in parts]).cpu().numpy()[order] for place in (1, 2))
+        return HeadInputs(inputs, classes)
+
+
 @runtime_checkable
 class Executor(Protocol):
     """Trains and scores the clients of one place on one model, task and set of examples."""
@@ -103,6 +124,24 @@ class Executor(Protocol):
 
     def features(self, rows: Sequence[Rows]) -> list[Float[np.ndarray, "rows d"]]:
         """The frozen, un-adapted backbone's feature of each row; float32, one array for each element of `rows`."""
+        ...
+
+    def head_inputs(self, work: Sequence[Scoring]) -> list[HeadInputs]:
+        """What enters the last layer of each client's head; in the order of `work`. For a task that is `Classifying`.
+
+        A client's rows meet its own adapter and the earlier layers of its own head.
+        """
+        ...
+
+    def gradients(self, models: Sequence[ClientModel], rows: Sequence[Rows], reduce: Sequence[Reduce]) -> list[Factors]:
+        """What each client's `reduce` makes of its gradient.
+
+        It is the gradient of the client's mean loss over its rows, with respect to the product B C A of every adapted
+        layer. It is as large as these layers, so `reduce` is called where it was computed, and one client at a time is
+        in a worker's memory. The models' updates should be zero.
+
+        Raises FedtriError for a client whose rows carry no loss.
+        """
         ...
 
 

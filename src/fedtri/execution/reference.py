@@ -8,25 +8,37 @@ A client's loss on a minibatch is the mean over the minibatch's loss terms (one 
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedtri.adapters import model as adapters
-from fedtri.adapters.layout import Layout
+from fedtri.adapters.layer import weight_of
+from fedtri.adapters.layout import Factors, Layout
 from fedtri.adapters.model import AdaptedModel
-from fedtri.execution.executor import ClientModel, OnStep, Optimization, Rows, Scoring, Training, minibatches
+from fedtri.errors import FedtriError
+from fedtri.execution.executor import (
+    ClientModel,
+    HeadInputs,
+    OnStep,
+    Optimization,
+    Reduce,
+    Rows,
+    Scoring,
+    Training,
+    minibatches,
+)
 from fedtri.execution.recompute import Recomputation
 from fedtri.execution.steps import steps
 from fedtri.execution.workers import Worker, side_by_side
 from fedtri.method import Trained
 from fedtri.tasks import Examples, LearningTask
-from fedtri.tasks.base import to_device
+from fedtri.tasks.base import Classifying, to_device
 
 
 @dataclass(frozen=True)
@@ -71,6 +83,15 @@ class ReferenceExecutor:
         """See `Executor`."""
         adapters.unload(self.adapted)
         return self._all([partial(self._features, own) for own in rows])
+
+    def head_inputs(self, work: Sequence[Scoring]) -> list[HeadInputs]:
+        """See `Executor`."""
+        return self._all([partial(self._head_inputs, one) for one in work])
+
+    def gradients(self, models: Sequence[ClientModel], rows: Sequence[Rows], reduce: Sequence[Reduce]) -> list[Factors]:
+        """See `Executor`."""
+        work = zip(models, rows, reduce, strict=True)
+        return self._all([partial(self._gradient, *one) for one in work])
 
     def _all(self, jobs: Sequence[Callable[[Worker], Any]], heard: Callable[..., None] = lambda *said: None) -> list:
         size = self.group or max(len(jobs), 1)
@@ -126,6 +147,45 @@ class ReferenceExecutor:
             found.append((places, self.task.features(self.adapted.model, batch)))
         return in_order(found)
 
+    @torch.no_grad()
+    def _head_inputs(self, work: Scoring, worker: Worker) -> HeadInputs:
+        assert isinstance(self.task, Classifying)
+        self._load(with_open_head(self.layout, work.model))
+        found = []
+        for places in batches(self.examples.lengths[work.rows], self.token_budget):
+            rows = work.rows[places]
+            batch = to_device(self.examples.batch(rows), self.adapted.device)
+            owners = np.repeat(places, self.examples.terms[rows])
+            found.append((owners, *self.task.logits_and_classes(self.adapted.model, batch)))
+        return HeadInputs.of(found)
+
+    def _gradient(self, model: ClientModel, rows: Rows, reduce: Reduce, worker: Worker) -> Factors:
+        """By autograd on a dense W of zeros beside each layer's frozen weight, whatever type that is kept in."""
+        if not (terms := int(self.examples.terms[rows].sum())):
+            raise FedtriError(
+                f"basis: {model.client} has no training example with a label or a response, so its loss has no "
+                'gradient; give it some, or choose basis = "weights"'
+            )
+        self._load(model)
+        layers = {layer.name: self.adapted.layer(layer.name) for layer in self.layout.layers}
+        dense = {layer.name: torch.zeros(layer.d_out, layer.d_in) for layer in self.layout.layers}
+        for name, layer in layers.items():
+            layer.factors["W"] = nn.Parameter(dense[name].to(self.adapted.device, self.adapted.dtype))
+        if self.recomputation:
+            self.recomputation.learning(True)
+        for chosen in self._micro_batches(rows):
+            if worker.stop():
+                break
+            (self._scores(chosen).loss.sum() / terms).backward()
+        if self.recomputation:
+            self.recomputation.learning(False)
+        for name, layer in layers.items():
+            gradient = layer.factors["W"].grad
+            if gradient is not None:  # else a layer that this task does not use
+                dense[name] = gradient * weight_of(layer.base) if self.adapted.kind == "hira" else gradient
+        adapters.unload(self.adapted)
+        return reduce(dense)
+
     def _load(self, own: ClientModel) -> None:
         adapters.load(self.adapted, own.factors, rank=own.rank, alpha=own.alpha, classes=own.classes)
 
@@ -134,6 +194,11 @@ class ReferenceExecutor:
 
     def _scores(self, rows: Rows) -> Any:
         return self.task.scores(self.adapted.model, to_device(self.examples.batch(rows), self.adapted.device))
+
+
+def with_open_head(layout: Layout, own: ClientModel) -> ClientModel:
+    """The client's model, whose logits are what enters the last layer of its head."""
+    return replace(own, factors=adapters.open_head(layout, own.factors), classes=None)
 
 
 def in_order(parts: Sequence[tuple[Rows, Tensor]]) -> Float[np.ndarray, "rows d"]:

@@ -4,11 +4,12 @@ With θ what learns and g the gradient of a minibatch's mean loss, a step is
 
     g ← g + μ (θ − towards)          the proximal term's gradient, where there is one
     g ← g · min(1, clip / ‖g‖)       over all that learns of this client
-    θ ← AdamW(θ, g)
+    θ ← AdamW(θ, g)                  at the learning rate of θ's factor
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +53,7 @@ def steps(learning: Mapping[Key, nn.Parameter], work: Training, how: Optimizatio
         given[key].to(parameter) if key in given else parameter.detach().clone() for key, parameter in learning.items()
     ]
     optimizer = torch.optim.AdamW(
-        parameters, lr=how.learning_rate, betas=how.betas, weight_decay=how.weight_decay, fused=True
+        _groups(learning, how), lr=how.learning_rate, betas=how.betas, weight_decay=how.weight_decay, fused=True
     )
     return Steps(
         parameters,
@@ -62,6 +63,14 @@ def steps(learning: Mapping[Key, nn.Parameter], work: Training, how: Optimizatio
         optimizer,
         _schedule(optimizer, work, how),
     )
+
+
+def _groups(learning: Mapping[Key, nn.Parameter], how: Optimization) -> list[dict[str, Any]]:
+    """AdamW's parameter groups: one for each learning rate, with the parameters of the factors that have it."""
+    groups: dict[float, list[nn.Parameter]] = {}
+    for key, parameter in learning.items():
+        groups.setdefault(how.learning_rates.get(key.factor, how.learning_rate), []).append(parameter)
+    return [{"params": parameters, "lr": rate} for rate, parameters in groups.items()]
 
 
 def _schedule(

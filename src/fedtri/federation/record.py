@@ -36,11 +36,14 @@ class Record:
     on_phase: OnPhase
     up: dict[str, int] = field(default_factory=dict)
     down: dict[str, int] = field(default_factory=dict)
+    basis: dict[str, int] = field(default_factory=dict)
     sketch: dict[str, int] = field(default_factory=dict)
     latency: dict[str, dict[str, float]] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     refused: list[str] = field(default_factory=list)
     retries: dict[str, int] = field(default_factory=dict)
+    behind: list[str] = field(default_factory=list)
+    """Who answered the last phase that it has lost what it was sent, and is to be asked again."""
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
 
     def ask(self, requests: Sequence[Request], phase: Phase) -> list[Answer]:
@@ -52,8 +55,13 @@ class Record:
         answers = [one for one in found if isinstance(one, Answer)]
         for answer in answers:
             self._answered(answer, phase)
+        before, self.behind = self.behind, []
         for failure in (one for one in found if isinstance(one, Failure)):
-            self._failed(failure)
+            if failure.behind and failure.client not in before:
+                self.behind.append(failure.client)
+                self._asked_again(failure.client, 1)
+            else:
+                self._failed(failure)
         return sorted(answers, key=lambda answer: answer.reply.client)
 
     def shortage(self, usable: int, quorum: int) -> str:
@@ -83,7 +91,7 @@ class Record:
             "accuracy_personal": spread(ACCURACY, metric(trained, ACCURACY + PERSONAL)),
             "test_loss": spread(LOSS, metric(evaluated, LOSS)),
             "test_loss_local": spread(LOSS, metric(trained, LOSS)),
-            "bytes": {"up": self.up, "down": self.down, **({"sketch": self.sketch} if self.sketch else {})},
+            "bytes": {"up": self.up, "down": self.down} | self._once(),
             "seconds": {name: round(value, 4) for name, value in self.seconds.items()},
         }
         further = {
@@ -99,8 +107,12 @@ class Record:
             del line["accuracy_personal"]
         return line | {name: value for name, value in further.items() if value not in (None, {}, [])}
 
+    def _once(self) -> dict[str, dict[str, int]]:
+        """The bytes up of what a client sends once in a run, where any did in this round."""
+        return {name: table for name, table in (("basis", self.basis), ("sketch", self.sketch)) if table}
+
     def _answered(self, answer: Answer, phase: Phase) -> None:
-        client, up = answer.reply.client, self.sketch if phase == "sketch" else self.up
+        client, up = answer.reply.client, {"basis": self.basis, "sketch": self.sketch}.get(phase, self.up)
         up[client] = up.get(client, 0) + answer.up
         self.down[client] = self.down.get(client, 0) + answer.down
         if answer.seconds is not None:

@@ -23,17 +23,26 @@ def build(
     *,
     head: str = "default",
     adapter: str = "lora",
+    basis: str = "default",
     optimizer: ServerOptimizer | None = None,
+    weights: str = "default",
 ) -> Method:
-    """The method of this name with its options, for this kind of adapter, with this head and server optimiser.
+    """The method of this name with its options, for this kind of adapter, with this head, weights and server optimiser.
 
     Raises FedtriError as `lookup.make` and `as_run` do.
     """
-    return as_run(lookup.make(name, options), head=head, adapter=adapter, optimizer=optimizer)
+    made = lookup.make(name, options)
+    return as_run(made, head=head, adapter=adapter, basis=basis, optimizer=optimizer, weights=weights)
 
 
 def as_run(
-    method: Method, *, head: str = "default", adapter: str = "lora", optimizer: ServerOptimizer | None = None
+    method: Method,
+    *,
+    head: str = "default",
+    adapter: str = "lora",
+    basis: str = "default",
+    optimizer: ServerOptimizer | None = None,
+    weights: str = "default",
 ) -> Method:
     """The method as a run uses it.
 
@@ -41,13 +50,18 @@ def as_run(
         method: The method as its function returned it.
         head: "shared": H travels both ways; "personal": it stays home; "default": as the method's paper has it.
         adapter: The kind of adapter: lora, dora or hira.
+        basis: Where A, and B where it is a basis, come from; "default": as the method has it.
         optimizer: Follows the move of what the server shares.
+        weights: "examples": a client counts by its number of examples; "uniform": all alike; "default": as the
+            method's paper or its authors' code has it.
 
     Raises:
-        FedtriError: For a kind of adapter that the method is not defined for, or a server optimiser where what is
-            shared is no average.
+        FedtriError: For a kind of adapter or a basis that the method is not defined for, or a server optimiser where
+            what is shared is no average.
     """
-    method = with_head(with_adapter(method, adapter), head)
+    method = with_basis(with_head(with_adapter(method, adapter), head), basis)
+    if weights != "default":
+        method = replace(method, weights=weights)
     method = replace(method, aggregate=_with_averages(method))
     return method if optimizer is None else with_optimizer(method, optimizer)
 
@@ -82,6 +96,29 @@ def with_head(method: Method, head: str) -> Method:
     return replace(method, plan=plan)
 
 
+def with_basis(method: Method, basis: str) -> Method:
+    """The method with its A, and B where that is a basis, from there. A "gradient" basis comes down to the clients.
+
+    Raises FedtriError for a basis that the method cannot use.
+    """
+    parts = method.adapter
+    if basis not in ("default", *parts.bases):
+        able = ", ".join(name for name in METHODS if basis in METHODS[name]().adapter.bases)
+        own = f"expected default or {', '.join(parts.bases)}" if parts.bases else "it has no adapter"
+        raise FedtriError(f"basis: {method.name} cannot use {basis!r}; {own}, or a method of {able}")
+    parts = parts if basis == "default" else replace(parts, basis=basis)  # pyright: ignore[reportArgumentType]
+    method = replace(method, adapter=parts)
+    if parts.basis != "gradient":
+        return method
+
+    def plan(round: int) -> Plan:
+        own = own_plan(round)
+        return replace(own, down=own.down | parts.basis_factors)
+
+    own_plan = method.plan
+    return replace(method, plan=plan)
+
+
 def with_optimizer(method: Method, optimizer: ServerOptimizer) -> Method:
     """The method with a server optimiser. Raises FedtriError where what is shared is no average."""
     if not method.averages:
@@ -108,10 +145,13 @@ def scope(method: Method) -> str:
 
 
 def _with_averages(method: Method) -> Aggregate:
-    """The method's aggregation of what is its own, and the mean of a head or magnitudes that travel."""
+    """The method's aggregation of what is its own, and the mean of a head or magnitudes that travel.
+
+    Here clients get their weights: replies that count alike hold one example each.
+    """
 
     def aggregate(state: ServerState, replies: Sequence[Reply]) -> ServerState:
-        up = method.plan(state.round - 1).up
+        up, replies = method.plan(state.round - 1).up, means.counted(replies, method.weights)
         if up - AVERAGED:
             state = method.aggregate(state, replies)
         if averaged := up & AVERAGED:

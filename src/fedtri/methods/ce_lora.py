@@ -21,7 +21,6 @@ from fedtri.state import ServerState, Similarity
 
 CHOICES = {
     "reference": ("init", "raw"),
-    "basis": ("local", "shared"),
     "similarity": ("both", "data", "model", "uniform"),
 }
 
@@ -37,7 +36,7 @@ PAPER = Paper(
 def ce_lora(
     *,
     reference: str = "init",
-    basis: str = "local",
+    frozen: bool = False,
     similarity: str = "both",
     temperature: float | None = None,
     top_k: int | None = None,
@@ -45,19 +44,19 @@ def ce_lora(
     """Learns A, B, C and H; sends C, receives its own mixture of all cores seen so far; H stays home.
 
     reference: what CKA compares, C − C_initial ("init", tells clients apart) or C itself ("raw", the paper's letter).
-    basis: A and B learn at home ("local", the paper), or stay frozen, orthonormal and equal everywhere ("shared").
+    frozen: whether A and B stay as they start, the same everywhere, and C starts at 0. False, the paper: they learn at
+    home.
     similarity: both, or an ablation. temperature: softmax(similarity / temperature) in place of plain normalisation.
     top_k: mix only the k most similar clients, oneself among them.
     """
-    for name, value in (("reference", reference), ("basis", basis), ("similarity", similarity)):
+    for name, value in (("reference", reference), ("similarity", similarity)):
         if value not in CHOICES[name]:
             raise FedtriError(f"method_options.{name}: expected one of {', '.join(CHOICES[name])}, got {value!r}")
     if temperature is not None and not temperature > 0:
         raise FedtriError(f"method_options.temperature: expected a number above 0, got {temperature}")
     if top_k is not None and top_k < 1:
         raise FedtriError(f"method_options.top_k: expected at least 1, got {top_k}")
-    shared = basis == "shared"
-    plan = Plan.of(train="CH" if shared else "ABCH", up="C", down="C")
+    plan = Plan.of(train="CH" if frozen else "ABCH", up="C", down="C")
     uses_data = similarity in ("both", "data")
 
     def aggregate(state: ServerState, replies: Sequence[Reply]) -> ServerState:
@@ -69,8 +68,8 @@ def ce_lora(
         if uses_data:
             parts["data"] = _data(state, clients, clients)
         if similarity in ("both", "model"):
-            # in the shared basis cores start at 0, so that C itself is what was learned
-            parts["model"] = core_similarity(cores, reference="raw" if shared or reference == "raw" else "init")
+            # in a frozen basis cores start at 0, so that C itself is what was learned
+            parts["model"] = core_similarity(cores, reference="raw" if frozen or reference == "raw" else "init")
         total = torch.ones(len(clients), len(clients)) if similarity == "uniform" else sum(parts.values())
         assert isinstance(total, Tensor)
         weights = row_stochastic(total, temperature=temperature, top_k=top_k)
@@ -97,7 +96,7 @@ def ce_lora(
         PAPER,
         lambda _: plan,
         aggregate,
-        adapter=AdapterSpec(basis="orthonormal" if shared else "kaiming"),
+        adapter=AdapterSpec(basis="orthonormal" if frozen else "kaiming", core=frozen),
         welcome=welcome if uses_data else None,
     )
 

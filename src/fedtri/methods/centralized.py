@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from fedtri.aggregation import means
 from fedtri.messages import Reply
-from fedtri.method import Method, Paper, Plan
+from fedtri.method import AdapterSpec, Method, Paper, Plan
 from fedtri.state import ServerState
 
 PAPER = Paper("Centralized")
@@ -17,4 +17,5 @@ def centralized() -> Method:
     def aggregate(state: ServerState, replies: Sequence[Reply]) -> ServerState:
         return means.share(state, means.mean(replies, frozenset("AB")))
 
-    return Method("centralized", PAPER, lambda _: plan, aggregate)
+    adapter = AdapterSpec(bases=("kaiming", "orthonormal", "weights"))
+    return Method("centralized", PAPER, lambda _: plan, aggregate, adapter=adapter)

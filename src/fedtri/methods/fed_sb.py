@@ -26,4 +26,12 @@ def fed_sb() -> Method:
     def aggregate(state: ServerState, replies: Sequence[Reply]) -> ServerState:
         return means.share(state, means.mean(replies, frozenset("C")))
 
-    return Method("fed_sb", PAPER, lambda _: plan, aggregate, adapter=AdapterSpec(basis="orthonormal"), averages=True)
+    return Method(
+        "fed_sb",
+        PAPER,
+        lambda _: plan,
+        aggregate,
+        adapter=AdapterSpec(basis="orthonormal", core=True),
+        averages=True,
+        weights="uniform",
+    )

@@ -43,5 +43,5 @@ def flora() -> Method:
         lambda _: plan,
         aggregate,
         receive=receive,
-        adapter=AdapterSpec(extra="W", mixed_ranks=True),
+        adapter=AdapterSpec(extra="W", mixed_ranks=True, bases=("kaiming", "orthonormal")),
     )

@@ -22,4 +22,4 @@ def full() -> Method:
     def aggregate(state: ServerState, replies: Sequence[Reply]) -> ServerState:
         return means.share(state, means.mean(replies, frozenset("P")))
 
-    return Method("full", PAPER, lambda _: plan, aggregate, adapter=AdapterSpec(extra="P"), averages=True)
+    return Method("full", PAPER, lambda _: plan, aggregate, adapter=AdapterSpec(extra="P", bases=()), averages=True)

@@ -46,5 +46,7 @@ def ravan(*, heads: int = 2) -> Method:
         ones = {key: torch.ones_like(value) for key, value in own.items() if new and key.factor == "S"}
         return {**own, **ones, **down}
 
-    adapter = AdapterSpec(basis="orthonormal", extra="S", heads=heads)
-    return Method("ravan", PAPER, lambda _: plan, aggregate, local_update, receive, adapter, averages=True)
+    adapter = AdapterSpec(basis="orthonormal", core=True, extra="S", heads=heads)
+    return Method(
+        "ravan", PAPER, lambda _: plan, aggregate, local_update, receive, adapter, averages=True, weights="uniform"
+    )

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from fedtri.report.colours import BLUE, GREEN, LIGHT, OCHRE, ORANGE, faint
+from fedtri.report.colours import BLUE, GREEN, LIGHT, OCHRE, ORANGE, PURPLE, faint
 from fedtri.report.names import NARROWEST_SPAN, share
 from fedtri.report.reading import Run
 
@@ -17,7 +17,7 @@ MOST_POINTS = 200
 MOST_CLIENT_POINTS = 30_000
 """Points of all clients' lines together."""
 EACH = "each client"
-STAGE_COLOURS = {"sketch": OCHRE, "train": BLUE, "aggregate": ORANGE, "evaluate": GREEN}
+STAGE_COLOURS = {"basis": PURPLE, "sketch": OCHRE, "train": BLUE, "aggregate": ORANGE, "evaluate": GREEN}
 
 
 def titled(title: str, read: str, alt: str, *, x: str = "", y: str = "", height: int = 380) -> go.Figure:

@@ -17,9 +17,8 @@ from fedtri.errors import FedtriError
 from fedtri.metrics import SPREADS, STAGES
 from fedtri.storage import run_directory
 
-WAYS = ("up", "down", "sketch")
+WAYS = ("up", "down", "basis", "sketch")
 EXPECTED = ("loss", "accuracy", "accuracy_local", "bytes", "seconds")
-ITEM_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 
 COMPARISON = "compare.json"
 """The file that makes a folder a comparison; it holds the order of its runs."""
@@ -119,8 +118,8 @@ class Run:
 
     @cached_property
     def cumulative_bytes(self) -> pd.Series:
-        """Bytes that all clients have sent up to and with each round, sketches among them."""
-        return pd.Series(self.rounds[["bytes_up", "bytes_sketch"]].sum(axis=1).cumsum())
+        """Bytes that all clients have sent up to and with each round, bases and sketches among them."""
+        return pd.Series(self.rounds[["bytes_up", "bytes_basis", "bytes_sketch"]].sum(axis=1).cumsum())
 
     def latest(self, metric: str) -> dict[str, float]:
         """Each client's last known value of a metric."""
@@ -149,8 +148,7 @@ class Run:
     @property
     def parameters_up(self) -> float:
         """How many numbers a client sends a round; NaN where unknown."""
-        payload = number(_table(self.summary.get("bytes")).get("payload_up_per_client_round"))
-        return payload / ITEM_BYTES.get(str(_table(self.config.get("wire")).get("dtype", "float32")), 4)
+        return number(_table(self.summary.get("bytes")).get("numbers_up_per_client_round"))
 
     def matrices(self) -> dict[int, tuple[list[str], dict[str, np.ndarray]]]:
         """By round: the clients, and the square matrices between them ("data", "model", "weights")."""

@@ -14,6 +14,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from fedtri.adapters.initial import initial_factors
+from fedtri.adapters.layer import weight_of
 from fedtri.adapters.layout import Key
 from fedtri.adapters.model import AdaptedModel, install, of_classes
 from fedtri.config import Config
@@ -106,13 +107,22 @@ def _require_layout(spec: Spec, machine: Machine, model: nn.Module) -> None:
 
 def initial(spec: Spec, opened: Opened, rank: int) -> dict[Key, Tensor]:
     """What a client of this rank starts from: the seed's factors, or those of the PEFT adapter that is given."""
-    basis = spec.method.adapter.basis
-    factors = initial_factors(spec.layout, opened.given, rank=rank, seed=spec.seed, basis=basis)
+    parts = spec.method.adapter
+    factors = initial_factors(
+        spec.layout, opened.given, rank=rank, seed=spec.seed, basis=parts.basis, core=parts.core,
+        weight=lambda name: _plain_weight(opened.adapted, name),
+    )  # fmt: skip
     if spec.init_adapter is not None:
-        if basis != "kaiming":
-            raise FedtriError("init_adapter: this method freezes A and B in a basis of its own; leave init_adapter out")
+        if parts.core or parts.basis != "kaiming":
+            raise FedtriError("init_adapter: A and B come from a basis in this run; leave init_adapter out")
         factors |= read_peft(spec.init_adapter, spec.layout, rank, spec.scales.alpha)
     return factors
+
+
+def _plain_weight(adapted: AdaptedModel, name: str) -> Tensor:
+    if adapted.quantised:
+        raise FedtriError('basis: "weights" needs plain weights; set model_options.quantization to none')
+    return weight_of(adapted.layer(name).base).cpu()
 
 
 def open_site(
@@ -145,7 +155,9 @@ def open_site(
         labels=data.examples.labels,
         label_count=spec.sketch.classes,
         classes=data.classes,
+        basis_examples=spec.basis_examples,
         evaluate=spec.schedule.evaluate,
+        fits_heads=spec.fits_heads,
         validate=spec.validates,
         on_step=on_step,
     )
@@ -183,10 +195,12 @@ def _keeping(spec: Spec, machine: Machine, data: Data, folder: Path) -> Keeping 
 
 def _fresh(spec: Spec) -> Callable[[str, int], dict[Key, Tensor]]:
     """A new draw of a client's A, C and B for a round, the same for all clients of one rank."""
+    parts = spec.method.adapter
 
     def draw(client: str, round: int) -> dict[Key, Tensor]:
         rank = spec.scales.ranks[client]
-        return initial_factors(spec.layout, {}, rank=rank, seed=derive(spec.seed, "fresh", round))
+        seed = derive(spec.seed, "fresh", round)
+        return initial_factors(spec.layout, {}, rank=rank, seed=seed, basis=parts.basis, core=parts.core)
 
     return draw
 

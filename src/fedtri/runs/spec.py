@@ -5,6 +5,7 @@ two ends that have the same configuration cannot disagree. No weights are loaded
 configuration alone.
 """
 
+import functools
 import hashlib
 import json
 import math
@@ -17,10 +18,12 @@ from torch import nn
 from transformers import AutoConfig
 
 from fedtri import methods, tasks
+from fedtri.adapters.initial import derived_factors
 from fedtri.adapters.layer import Kind, shape_of
-from fedtri.adapters.layout import Layer, Layout
+from fedtri.adapters.layout import FACTORS, Layer, Layout
 from fedtri.aggregation import server_optimizers
 from fedtri.communication.codec import Codec, SketchSize
+from fedtri.communication.compression import Types
 from fedtri.communication.numbers import NUMBERS
 from fedtri.config import Config
 from fedtri.config.schema import ModelOptions, Wire
@@ -69,8 +72,12 @@ class Spec:
     seed: int
     own_classes: bool
     """Whether each client's head has the classes of its own examples alone."""
+    fits_heads: bool
+    """Whether a client's head starts as its own examples fit it."""
     init_adapter: str | None
     """A PEFT adapter to start from."""
+    basis_examples: int
+    """From how many training examples a client computes its gradient for a basis, at most."""
     fingerprint: bytes
     """8 bytes that differ where any setting differs that both ends must share."""
     method: Method = field(compare=False, repr=False)
@@ -95,13 +102,29 @@ class Spec:
     @property
     def codec(self) -> Codec:
         """How this federation's messages become bytes."""
-        expected = Expectation(self.layout, self.scales, self.wire.norm_bound)
-        return Codec(expected, self.method.plan, self.wire.dtype, self.sketch, self.fingerprint)
+        expected, wire = Expectation(self.layout, self.scales, self.wire.norm_bound), self.wire
+        parts = self.method.adapter
+        bases = parts.basis_factors if parts.basis == "gradient" else frozenset[str]()
+        of_rank = functools.cache(functools.partial(
+            derived_factors, self.layout, seed=self.seed, basis=parts.basis, core=parts.core,
+            given=self.init_adapter is not None,
+        ))  # fmt: skip
+        return Codec(
+            expected, self.method.plan, Types(wire.up, wire.down, wire.basis), self.sketch,
+            lambda client: of_rank(self.scales.ranks[client]), bases, self.fingerprint,
+        )  # fmt: skip
 
     def payload_bytes(self, client: str) -> int:
-        """The bytes of the numbers alone that this client sends in the first round."""
-        shapes, numbers = self.layout.shapes(self.scales.ranks[client]), NUMBERS[self.wire.dtype]
-        return sum(numbers.size(math.prod(shapes[key])) for key in self.layout.keys(self.method.plan(0).up))
+        """The bytes of the numbers alone that this client sends in a round after the first."""
+        return sum(map(NUMBERS[self.wire.up].size, self._sizes(client)))
+
+    def payload_numbers(self, client: str) -> int:
+        """How many numbers this client sends in the first round."""
+        return sum(self._sizes(client))
+
+    def _sizes(self, client: str) -> list[int]:
+        shapes = self.layout.shapes(self.scales.ranks[client])
+        return [math.prod(shapes[key]) for key in self.layout.keys(self.method.plan(0).up)]
 
 
 def spec_of(
@@ -126,7 +149,7 @@ def spec_of(
     method, recipe = method_of(config, method), task_of(config)
     names = sorted(clients)
     ranks = client_ranks(config.rank, names, config.seed)
-    how, patience = optimization_of(config), config.early_stopping.patience
+    how, patience = optimization_of(config, method), config.early_stopping.patience
     if patience is not None and config.split.validation == 0:
         raise FedtriError("early_stopping.patience: needs validation examples; set split.validation above 0")
     if method.plan(0).pooled:  # one pseudo-client does the work of all who take part
@@ -136,7 +159,9 @@ def spec_of(
     plain = skeleton(config.model, recipe, len(labels) or None) if plain is None else plain
     layout = layout_of(plain, recipe, method, max(ranks.values()), config.targets, config.layers, kind=config.adapter)
     if config.labels == "own":
-        _check_own_classes(recipe, method, layout)
+        _require_own_heads('labels: "own"', 'labels = "shared"', recipe, method, layout)
+    if config.head_start == "fit":
+        _require_own_heads('head_start: "fit"', 'head_start = "initial"', recipe, method, layout)
     width = recipe.feature_size(plain) if method.welcome is not None else 0
     return Spec(
         clients=tuple(names),
@@ -156,7 +181,9 @@ def spec_of(
         shares=(config.split.train, config.split.validation, config.split.test),
         seed=config.seed,
         own_classes=config.labels == "own",
+        fits_heads=config.head_start == "fit",
         init_adapter=config.init_adapter,
+        basis_examples=config.basis_examples,
         fingerprint=fingerprint_of(config),
         method=method,
         recipe=recipe,
@@ -174,7 +201,7 @@ def columns_of(config: Config) -> dict[str, str]:
 
 
 def method_of(config: Config, instead: Method | None = None) -> Method:
-    """The method with its options, head, kind of adapter and server optimiser.
+    """The method with its options, head, kind of adapter, weights and server optimiser.
 
     Args:
         config: The configuration.
@@ -189,7 +216,9 @@ def method_of(config: Config, instead: Method | None = None) -> Method:
         step = server_optimizers.optimizer(server.optimizer, learning_rate=server.learning_rate, betas=betas)
     if instead is None:
         instead = methods.make(config.method, config.method_options)
-    method = methods.as_run(instead, head=config.head, adapter=config.adapter, optimizer=step)
+    method = methods.as_run(
+        instead, head=config.head, adapter=config.adapter, basis=config.basis, optimizer=step, weights=config.weights
+    )
     if not isinstance(config.rank, int) and not method.adapter.mixed_ranks:
         raise FedtriError(
             f"rank: {method.name} needs one rank for all clients, got {config.rank!r}; give one number, or choose of "
@@ -198,13 +227,24 @@ def method_of(config: Config, instead: Method | None = None) -> Method:
     return method
 
 
-def optimization_of(config: Config) -> Optimization:
-    """How a client trains in one round."""
+def optimization_of(config: Config, method: Method) -> Optimization:
+    """How a client of this method trains in one round.
+
+    Raises FedtriError for the learning rate of a factor that the method does not train.
+    """
     table = config.optimizer
+    learns = frozenset[str]().union(*(method.plan(round).train for round in range(max(2, config.rounds))))
+    for factor in table.learning_rates:
+        if factor not in learns:
+            raise FedtriError(
+                f"optimizer.learning_rates.{factor}: {method.name} does not train {factor}, expected one of "
+                f"{', '.join(f for f in FACTORS if f in learns)}; leave it out"
+            )
     return Optimization(
         steps=config.steps, epochs=config.epochs, batch_size=config.batch_size, learning_rate=config.learning_rate,
         schedule=table.schedule, warmup=table.warmup, weight_decay=table.weight_decay,
         betas=(table.betas[0], table.betas[1]), clip=table.clip or None,
+        learning_rates={**method.adapter.learning_rates, **table.learning_rates},
     )  # fmt: skip
 
 
@@ -310,11 +350,11 @@ def _quorum(config: Config) -> int:
     return max(1, min(network.minimum, round(config.fraction * len(network.clients)))) if network.clients else 1
 
 
-def _check_own_classes(recipe: Recipe, method: Method, layout: Layout) -> None:
+def _require_own_heads(setting: str, instead: str, recipe: Recipe, method: Method, layout: Layout) -> None:
     """Raises FedtriError where clients' heads cannot differ, because they travel or there are none."""
-    if not recipe.classifies or not layout.head:
-        raise FedtriError(f'labels: "own" needs a head with a row for each class, which task {recipe.name} has not; '
-                          'set labels = "shared"')  # fmt: skip
+    if not layout.head or (setting.startswith("labels") and not recipe.classifies):
+        raise FedtriError(f"{setting} needs a head with a row for each class, which task {recipe.name} has not; "
+                          f"set {instead}")  # fmt: skip
     if method.plan(0).pooled or any("H" in method.plan(round).up | method.plan(round).down for round in range(2)):
-        raise FedtriError(f'labels: "own" needs heads that stay at home, and {method.name} has one head for all; '
+        raise FedtriError(f"{setting} needs heads that stay at home, and {method.name} has one head for all; "
                           'set head = "personal", or choose another method')  # fmt: skip

@@ -77,12 +77,19 @@ def unmutated(world: World) -> None:
 
 
 def identical(world: World) -> None:
-    """Whatever the clients' sizes. Seen to fail with weights that sum to m / (m + 1), and with A and B weighted."""
+    """Whatever the clients' sizes. Seen to fail with weights that sum to m / (m + 1), and with A and B weighted.
+
+    Where what clients send arrives in the others' second adapter, it must arrive there as it was sent.
+    """
     now = world.moment()
     built, first = now.federation, now.replies[0]
     site, mine = built.site, built.site.kept(first.client)
     replies = [replace(reply, up=first.up) for reply in now.replies]
     state = server.server_step(built.method, now.state, replies)
+    plan = built.method.plan(now.state.round)
+    if "a" in plan.down - plan.train:
+        second = {Key(key.layer, key.factor.lower()): value for key, value in first.up.items() if key.factor in "AB"}
+        mine = built.method.receive(mine, second, dict)
     for reply in replies:
         site.store.save(reply.client, mine, "same")
         down = server.downlink(built.method, state, reply.client)
@@ -104,9 +111,10 @@ def travels(world: World) -> None:
         assert counted == heard.encoded, f"{counted} bytes were counted, {heard.encoded} were encoded"
         for request, answer in heard.exchanged:
             assert isinstance(answer, Answer), f"the server refused a reply: {answer}"
-            now, trains = plan(request.round), request.phase == "train"
-            assert set(answer.reply.up) == set(layout.keys(now.up if trains else frozenset())), request.phase
-            downwards = layout.keys(now.down if request.phase != "sketch" else frozenset())
+            now = plan(request.round)
+            upwards = {"train": now.up, "basis": frozenset("AB")}.get(request.phase, frozenset())
+            assert set(answer.reply.up) == set(layout.keys(upwards)), request.phase
+            downwards = layout.keys(now.down if request.phase in ("train", "evaluate") else frozenset())
             assert set(request.down) <= set(downwards), request.phase
         heard.exchanged.clear()
         heard.encoded = 0
