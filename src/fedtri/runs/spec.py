@@ -73,6 +73,8 @@ class Spec:
     """A PEFT adapter to start from."""
     basis_examples: int
     """From how many training examples a client computes its gradient for a basis, at most."""
+    gradient_factors: int
+    """How many leading factors of that gradient it sends, at most its rank."""
     fingerprint: bytes
     """8 bytes that differ where any setting differs that both ends must share."""
     method: Method = field(compare=False, repr=False)
@@ -97,7 +99,7 @@ class Spec:
     @property
     def codec(self) -> Codec:
         """How this federation's messages become bytes."""
-        expected = Expectation(self.layout, self.scales, self.wire.norm_bound)
+        expected = Expectation(self.layout, self.scales, self.wire.norm_bound, self.gradient_factors)
         return Codec(expected, self.method.plan, self.wire.dtype, self.sketch, self.fingerprint)
 
     def payload_bytes(self, client: str) -> int:
@@ -160,6 +162,7 @@ def spec_of(
         own_classes=config.labels == "own",
         init_adapter=config.init_adapter,
         basis_examples=config.basis_examples,
+        gradient_factors=config.basis_factors,
         fingerprint=fingerprint_of(config),
         method=method,
         recipe=recipe,
