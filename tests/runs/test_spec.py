@@ -51,6 +51,7 @@ KEYS: dict[str, tuple[Any, str]] = {
     "layers": ("last:1", "layout"),
     "head": ("shared", ALWAYS),
     "weights": ("uniform", ALWAYS),
+    "head_start": ("fit", "fits_heads"),
     "labels": ("own", REFUSED),
     "seed": (4, "seed"),
     "device": ("auto", NOTHING),
@@ -100,6 +101,7 @@ KEYS: dict[str, tuple[Any, str]] = {
 """Every key of the configuration: another value than the base's, and the field of the Spec that it must change."""
 NO_COLUMNS = {"columns.text": None, "columns.label": None}
 CONTEXT: dict[str, dict[str, Any]] = {
+    "head_start": {"head": "personal"},
     "method_options": {"method": "ce_lora"},
     "task_options": {"task": "causal_lm", "model": "{language}", **NO_COLUMNS},
 }

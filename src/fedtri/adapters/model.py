@@ -230,6 +230,16 @@ def of_classes(layout: Layout, factors: Factors, classes: Classes) -> Factors:
     return {key: value[rows] if by_class(layout, key) else value for key, value in factors.items()}
 
 
+def open_head(layout: Layout, factors: Factors) -> Factors:
+    """The tensors with the identity as the head's last layer: the model's logits are then what enters that layer."""
+    width = next(shape[-1] for name, shape in layout.head if by_class(layout, Key(name, "H")) and len(shape) == 2)
+    opened = dict(factors)
+    for key, value in factors.items():
+        if by_class(layout, key):
+            opened[key] = torch.eye(width).to(value) if value.dim() == 2 else torch.zeros(width).to(value)
+    return opened
+
+
 def by_class(layout: Layout, key: Key) -> bool:
     """Whether a tensor has a row for each class: those of the head's last layer."""
     return key.factor == "H" and key.layer.rpartition(".")[0] == layout.head[-1][0].rpartition(".")[0]

@@ -181,6 +181,7 @@ class Config(Strict):
     layers: Annotated[str, Field(pattern=r"^(all|last:[1-9]\d*)$")] = "all"
     head: Literal["default", "personal", "shared"] = "default"
     weights: Literal["default", "examples", "uniform"] = "default"
+    head_start: Literal["initial", "fit"] = "initial"
     labels: Literal["shared", "own"] = "shared"
     seed: Annotated[int, Field(ge=0)] = 0
     device: str = "auto"

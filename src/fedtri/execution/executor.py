@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import numpy as np
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -79,6 +80,21 @@ class Scoring:
     """Whether the task's further metrics (perplexity, exact match) are wanted beside loss and accuracy."""
 
 
+@dataclass(frozen=True)
+class HeadInputs:
+    """What enters the last layer of a client's head, and the class that it should give; a row for each loss term."""
+
+    inputs: Float[np.ndarray, "terms d"]
+    classes: Int[np.ndarray, "terms"]
+
+    @staticmethod
+    def of(parts: Sequence[tuple[Rows, Tensor, Tensor]]) -> "HeadInputs":
+        """From parts of (the example that each term belongs to, inputs, classes), in the order of the examples."""
+        order = np.argsort(np.concatenate([owners for owners, _, _ in parts]), kind="stable")
+        inputs, classes = (torch.cat([part[place] for part in parts]).cpu().numpy()[order] for place in (1, 2))
+        return HeadInputs(inputs, classes)
+
+
 @runtime_checkable
 class Executor(Protocol):
     """Trains and scores the clients of one place on one model, task and set of examples."""
@@ -108,6 +124,13 @@ class Executor(Protocol):
 
     def features(self, rows: Sequence[Rows]) -> list[Float[np.ndarray, "rows d"]]:
         """The frozen, un-adapted backbone's feature of each row; float32, one array for each element of `rows`."""
+        ...
+
+    def head_inputs(self, work: Sequence[Scoring]) -> list[HeadInputs]:
+        """What enters the last layer of each client's head; in the order of `work`. For a task that is `Classifying`.
+
+        A client's rows meet its own adapter and the earlier layers of its own head.
+        """
         ...
 
     def gradients(self, models: Sequence[ClientModel], rows: Sequence[Rows], reduce: Sequence[Reduce]) -> list[Factors]:

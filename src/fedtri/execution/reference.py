@@ -8,7 +8,7 @@ A client's loss on a minibatch is the mean over the minibatch's loss terms (one 
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,7 @@ from fedtri.adapters.model import AdaptedModel
 from fedtri.errors import FedtriError
 from fedtri.execution.executor import (
     ClientModel,
+    HeadInputs,
     OnStep,
     Optimization,
     Reduce,
@@ -37,7 +38,7 @@ from fedtri.execution.steps import steps
 from fedtri.execution.workers import Worker, side_by_side
 from fedtri.method import Trained
 from fedtri.tasks import Examples, LearningTask
-from fedtri.tasks.base import to_device
+from fedtri.tasks.base import Classifying, to_device
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,10 @@ class ReferenceExecutor:
         """See `Executor`."""
         adapters.unload(self.adapted)
         return self._all([partial(self._features, own) for own in rows])
+
+    def head_inputs(self, work: Sequence[Scoring]) -> list[HeadInputs]:
+        """See `Executor`."""
+        return self._all([partial(self._head_inputs, one) for one in work])
 
     def gradients(self, models: Sequence[ClientModel], rows: Sequence[Rows], reduce: Sequence[Reduce]) -> list[Factors]:
         """See `Executor`."""
@@ -142,6 +147,18 @@ class ReferenceExecutor:
             found.append((places, self.task.features(self.adapted.model, batch)))
         return in_order(found)
 
+    @torch.no_grad()
+    def _head_inputs(self, work: Scoring, worker: Worker) -> HeadInputs:
+        assert isinstance(self.task, Classifying)
+        self._load(with_open_head(self.layout, work.model))
+        found = []
+        for places in batches(self.examples.lengths[work.rows], self.token_budget):
+            rows = work.rows[places]
+            batch = to_device(self.examples.batch(rows), self.adapted.device)
+            owners = np.repeat(places, self.examples.terms[rows])
+            found.append((owners, *self.task.logits_and_classes(self.adapted.model, batch)))
+        return HeadInputs.of(found)
+
     def _gradient(self, model: ClientModel, rows: Rows, reduce: Reduce, worker: Worker) -> Factors:
         """By autograd on a dense W of zeros beside each layer's frozen weight, whatever type that is kept in."""
         if not (terms := int(self.examples.terms[rows].sum())):
@@ -177,6 +194,11 @@ class ReferenceExecutor:
 
     def _scores(self, rows: Rows) -> Any:
         return self.task.scores(self.adapted.model, to_device(self.examples.batch(rows), self.adapted.device))
+
+
+def with_open_head(layout: Layout, own: ClientModel) -> ClientModel:
+    """The client's model, whose logits are what enters the last layer of its head."""
+    return replace(own, factors=adapters.open_head(layout, own.factors), classes=None)
 
 
 def in_order(parts: Sequence[tuple[Rows, Tensor]]) -> Float[np.ndarray, "rows d"]:

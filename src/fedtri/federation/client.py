@@ -6,11 +6,22 @@ from functools import partial
 from importlib import import_module
 
 import numpy as np
+from torch import Tensor
 
-from fedtri.adapters.layout import Factors, only
+from fedtri.adapters.layout import Factors, Key, only
 from fedtri.data.partition import Split
-from fedtri.execution.executor import ClientModel, Executor, OnStep, Optimization, Rows, Scoring, Training
+from fedtri.execution.executor import (
+    ClientModel,
+    Executor,
+    HeadInputs,
+    OnStep,
+    Optimization,
+    Rows,
+    Scoring,
+    Training,
+)
 from fedtri.execution.workers import Worker, side_by_side
+from fedtri.federation import head_start
 from fedtri.federation.basis import drawn, leading_factors
 from fedtri.messages import POOLED, Reply, Request, Sketch
 from fedtri.method import Method, Plan, Trained
@@ -18,6 +29,9 @@ from fedtri.seeds import derive
 from fedtri.similarity import sketches
 from fedtri.state import Scales
 from fedtri.storage.client_store import ClientStore, beside
+
+HEAD_START = "head-start"
+"""The name under which a client keeps the layer that was fitted for it, and from which its folds are drawn."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +63,8 @@ class Site:
     """Whether clients are scored after local training too; where they are asked to evaluate, they do."""
     validate: bool = False
     """Whether the validation split is scored too (early stopping needs it)."""
+    fits_heads: bool = False
+    """Whether a client's head starts as its own examples fit it (`head_start.py`), not as the model has it."""
     on_step: OnStep = lambda client, step, loss: None
 
     @property
@@ -135,13 +151,41 @@ def _trained(round: int) -> str:
 def _train(site: Site, requests: Sequence[Request]) -> list[Reply]:
     round, clients = requests[0].round, [request.client for request in requests]
     plan = site.method.plan(round)
-    home = Home(site, round, plan, clients, [received(site, request) for request in requests])
+    start = [received(site, request) for request in requests]
+    if site.fits_heads:
+        start = _with_fitted_heads(site, round, clients, start)
+    home = Home(site, round, plan, clients, start)
     replies = []
     for request, update in zip(requests, site.method.local_update(home), strict=True):
         site.store.save(request.client, update.kept, _trained(round))
         sent = update.kept if update.sent is None else update.sent
         replies.append(_reply(site, request, only(sent, plan.up), update.metrics))
     return replies
+
+
+def _with_fitted_heads(
+    site: Site, round: int, clients: Sequence[str], start: Sequence[Factors]
+) -> list[dict[Key, Tensor]]:
+    """What clients start a round from, with the head of each that trains for the first time fitted to its examples.
+
+    The fitted layer is kept beside the client's own tensors: that says which clients have had theirs.
+    """
+    found = [dict(own) for own in start]
+    new = [place for place, client in enumerate(clients) if site.store.load(beside(client, HEAD_START)) is None]
+    work = [Scoring(site.model(clients[place], found[place]), site.splits[clients[place]].train) for place in new]
+    inputs = site.executor.head_inputs(work) if work else []
+    import_module("sklearn.linear_model")  # once, not in each of the processes that fork off
+
+    def fit(place: int, seen: HeadInputs, _: Worker) -> dict[Key, Tensor]:
+        client = clients[place]
+        seed = derive(site.seed, HEAD_START, client) % 2**32
+        return head_start.fitted(site.executor.layout, found[place], seen, site.classes.get(client), seed)
+
+    layers = side_by_side([partial(fit, place, seen) for place, seen in zip(new, inputs, strict=True)])
+    for place, layer in zip(new, layers, strict=True):
+        found[place] |= layer
+        site.store.save(beside(clients[place], HEAD_START), layer, _trained(round))
+    return found
 
 
 def _evaluate(site: Site, requests: Sequence[Request]) -> list[Reply]:

@@ -158,6 +158,7 @@ def open_site(
         basis_examples=spec.basis_examples,
         gradient_factors=spec.gradient_factors,
         evaluate=spec.schedule.evaluate,
+        fits_heads=spec.fits_heads,
         validate=spec.validates,
         on_step=on_step,
     )

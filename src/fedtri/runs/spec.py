@@ -69,6 +69,8 @@ class Spec:
     seed: int
     own_classes: bool
     """Whether each client's head has the classes of its own examples alone."""
+    fits_heads: bool
+    """Whether a client's head starts as its own examples fit it."""
     init_adapter: str | None
     """A PEFT adapter to start from."""
     basis_examples: int
@@ -140,7 +142,9 @@ def spec_of(
     plain = skeleton(config.model, recipe, len(labels) or None) if plain is None else plain
     layout = layout_of(plain, recipe, method, max(ranks.values()), config.targets, config.layers, kind=config.adapter)
     if config.labels == "own":
-        _check_own_classes(recipe, method, layout)
+        _require_own_heads('labels: "own"', 'labels = "shared"', recipe, method, layout)
+    if config.head_start == "fit":
+        _require_own_heads('head_start: "fit"', 'head_start = "initial"', recipe, method, layout)
     width = recipe.feature_size(plain) if method.welcome is not None else 0
     return Spec(
         clients=tuple(names),
@@ -160,6 +164,7 @@ def spec_of(
         shares=(config.split.train, config.split.validation, config.split.test),
         seed=config.seed,
         own_classes=config.labels == "own",
+        fits_heads=config.head_start == "fit",
         init_adapter=config.init_adapter,
         basis_examples=config.basis_examples,
         gradient_factors=config.basis_factors,
@@ -329,11 +334,11 @@ def _quorum(config: Config) -> int:
     return max(1, min(network.minimum, round(config.fraction * len(network.clients)))) if network.clients else 1
 
 
-def _check_own_classes(recipe: Recipe, method: Method, layout: Layout) -> None:
+def _require_own_heads(setting: str, instead: str, recipe: Recipe, method: Method, layout: Layout) -> None:
     """Raises FedtriError where clients' heads cannot differ, because they travel or there are none."""
-    if not recipe.classifies or not layout.head:
-        raise FedtriError(f'labels: "own" needs a head with a row for each class, which task {recipe.name} has not; '
-                          'set labels = "shared"')  # fmt: skip
+    if not layout.head or (setting.startswith("labels") and not recipe.classifies):
+        raise FedtriError(f"{setting} needs a head with a row for each class, which task {recipe.name} has not; "
+                          f"set {instead}")  # fmt: skip
     if method.plan(0).pooled or any("H" in method.plan(round).up | method.plan(round).down for round in range(2)):
-        raise FedtriError(f'labels: "own" needs heads that stay at home, and {method.name} has one head for all; '
+        raise FedtriError(f"{setting} needs heads that stay at home, and {method.name} has one head for all; "
                           'set head = "personal", or choose another method')  # fmt: skip

@@ -83,6 +83,17 @@ class LearningTask(Protocol):
         ...
 
 
+@runtime_checkable
+class Classifying(Protocol):
+    """A task whose model ends in a linear layer with a row for each class."""
+
+    def logits_and_classes(
+        self, model: Model, batch: Batch
+    ) -> tuple[Float[Tensor, "terms outputs"], Int[Tensor, "terms"]]:
+        """What that layer gives for each loss term, and the term's class; in the order of the samples."""
+        ...
+
+
 def inputs_of(batch: Batch) -> dict[str, Tensor]:
     """The part of a batch that goes into the model: everything but the labels."""
     return {name: value for name, value in batch.items() if name != "labels"}

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import AutoModelForImageClassification
 
@@ -57,6 +57,12 @@ class ImageClassification:
     def logits(self, model: Model, batch: Batch) -> Float[Tensor, "batch classes"]:
         """The head's scores for each class."""
         return model(pixel_values=images.pixels(model, batch)).logits
+
+    def logits_and_classes(
+        self, model: Model, batch: Batch
+    ) -> tuple[Float[Tensor, "terms outputs"], Int[Tensor, "terms"]]:
+        """See `Classifying`."""
+        return self.logits(model, batch), batch["labels"]
 
     def scores(self, model: Model, batch: Batch) -> Scores:
         """Cross-entropy and whether the largest score is the label's, of each sample."""

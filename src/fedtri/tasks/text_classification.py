@@ -121,6 +121,12 @@ class TextClassification:
         """The head's scores for each class."""
         return model(**inputs_of(batch)).logits
 
+    def logits_and_classes(
+        self, model: Model, batch: Batch
+    ) -> tuple[Float[Tensor, "terms outputs"], Int[Tensor, "terms"]]:
+        """See `Classifying`."""
+        return self.logits(model, batch), batch["labels"]
+
     def scores(self, model: Model, batch: Batch) -> Scores:
         """Cross-entropy and whether the largest score is the label's, of each sample."""
         return classes.classified(self.logits(model, batch), batch["labels"])

@@ -136,6 +136,13 @@ class TokenClassification:
         hits = logits.detach().argmax(-1) == labels  # never true where ignored
         return Scores(loss.view_as(labels).sum(1), hits.sum(1).to(loss.dtype))
 
+    def logits_and_classes(
+        self, model: Model, batch: Batch
+    ) -> tuple[Float[Tensor, "terms outputs"], Int[Tensor, "terms"]]:
+        """See `Classifying`; a term is a word."""
+        real = batch["labels"] != IGNORED
+        return model(**inputs_of(batch)).logits[real], batch["labels"][real]
+
     def features(self, model: Model, batch: Batch) -> Float[Tensor, "batch d"]:
         """The last hidden states' mean over real tokens."""
         return mean_pooled(model, inputs_of(batch))

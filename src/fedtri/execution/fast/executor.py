@@ -6,11 +6,11 @@ AdamW is its own: what it learns does not depend, but for rounding, on who train
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from importlib import import_module
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from fedtri.adapters.layout import Factors, Key, Layout
 from fedtri.adapters.model import AdaptedModel, Adapter
 from fedtri.execution.executor import (
     ClientModel,
+    HeadInputs,
     OnStep,
     Optimization,
     Reduce,
@@ -33,14 +34,15 @@ from fedtri.execution.executor import (
 )
 from fedtri.execution.fast.kept import Keeping, KeptStates
 from fedtri.execution.fast.model import Frozen, SharedPass
+from fedtri.execution.fast.sharing import dealt, merged, next_of, pooled
 from fedtri.execution.fast.table import architecture_of
 from fedtri.execution.recompute import Recomputation
-from fedtri.execution.reference import ReferenceExecutor, batches, in_order
+from fedtri.execution.reference import ReferenceExecutor, batches, in_order, with_open_head
 from fedtri.execution.steps import Steps, steps
 from fedtri.execution.workers import Worker, shared, side_by_side
 from fedtri.method import Trained
-from fedtri.tasks import Examples, LearningTask, Scores
-from fedtri.tasks.base import to_device
+from fedtri.tasks import Examples, LearningTask
+from fedtri.tasks.base import Batch, Classifying, to_device
 
 T = TypeVar("T")
 
@@ -116,7 +118,7 @@ class FastExecutor:
             clients = {place: _Client.of(self.adapted, work[place], learning[place], how) for place in places}
             losses: dict[int, list[float]] = {place: [] for place in places}
             minibatch = {place: minibatches(work[place].rows, how, work[place].seed) for place in places}
-            while not worker.stop() and (batch := _next(minibatch)):
+            while not worker.stop() and (batch := next_of(minibatch)):
                 found: dict[int, float] = {}
                 for group in self._sharing(batch):
                     found |= self._backward(clients, {place: batch[place] for place in group})
@@ -128,7 +130,7 @@ class FastExecutor:
 
         tokens = [sum(map(self._tokens, minibatches(one.rows, how, one.seed))) for one in work]
         shares = self._shares(range(len(work)), tokens)
-        losses = _merged(side_by_side([partial(fit, share) for share in shares], on_step))
+        losses = merged(side_by_side([partial(fit, share) for share in shares], on_step))
         results = []
         for place, (one, learnt) in enumerate(zip(work, learning, strict=True)):
             own = {key: value.to(self.adapted.dtype) for key, value in one.model.factors.items()}
@@ -152,7 +154,7 @@ class FastExecutor:
             return found
 
         shares = self._shares(range(len(work)), [self._tokens(one.rows) for one in work])
-        found = _merged(side_by_side([partial(score, share) for share in shares], apart=True))
+        found = merged(side_by_side([partial(score, share) for share in shares], apart=True))
         return [found[place] for place in range(len(work))]
 
     def features(self, rows: Sequence[Rows]) -> list[Float[np.ndarray, "rows d"]]:
@@ -170,6 +172,25 @@ class FastExecutor:
             return in_order(found)
 
         return side_by_side([partial(one, own) for own in rows])
+
+    def head_inputs(self, work: Sequence[Scoring]) -> list[HeadInputs]:
+        """See `Executor`."""
+        self._open()
+        assert isinstance(self.task, Classifying)
+        score = self.task.logits_and_classes
+
+        @torch.inference_mode()
+        def one(own: Scoring, worker: Worker) -> HeadInputs:
+            model, nobody = with_open_head(self.layout, own.model), np.zeros(len(own.rows), np.int64)
+            if self.layout.backbone:
+                self._load(model)
+            client = _adapter(self.adapted, model, {})
+            return HeadInputs.of([
+                (np.repeat(chosen, self.examples.terms[own.rows[chosen]]), *found)
+                for chosen, found in self._passes([client], nobody, own.rows, score)
+            ])  # fmt: skip
+
+        return side_by_side([partial(one, own) for own in work], apart=bool(self.layout.backbone))
 
     def gradients(self, models: Sequence[ClientModel], rows: Sequence[Rows], reduce: Sequence[Reduce]) -> list[Factors]:
         """See `Executor`. By the plain code, as it is done once in a run."""
@@ -210,9 +231,11 @@ class FastExecutor:
         """Add each client's gradient of its own mean loss; returns these losses."""
         weight = {place: 1.0 / max(int(self.examples.terms[rows].sum()), 1) for place, rows in batch.items()}
         places = list(batch)
-        owners, rows = _pooled([batch[place] for place in places])
+        owners, rows = pooled([batch[place] for place in places])
         losses = np.zeros(len(rows))
-        for chosen, scores in self._passes([clients[place].adapter for place in places], owners, rows):
+        for chosen, scores in self._passes(
+            [clients[place].adapter for place in places], owners, rows, self.task.scores
+        ):
             own = torch.tensor([weight[places[owner]] for owner in owners[chosen]], dtype=torch.float64)
             weighted = scores.loss * own.to(scores.loss)
             weighted.sum().backward()
@@ -221,13 +244,13 @@ class FastExecutor:
 
     @torch.inference_mode()
     def _scores(self, work: Mapping[int, Scoring], worker: Worker) -> dict[int, dict[str, float]]:
-        owners, rows = _pooled([one.rows for one in work.values()])
+        owners, rows = pooled([one.rows for one in work.values()])
         loss, correct = np.zeros(len(rows)), np.zeros(len(rows))
         if self.layout.backbone:
             (alone,) = work.values()
             self._load(alone.model)
         clients = [_adapter(self.adapted, one.model, {}) for one in work.values()]
-        for chosen, scores in self._passes(clients, owners, rows):
+        for chosen, scores in self._passes(clients, owners, rows, self.task.scores):
             if worker.stop():
                 break
             loss[chosen] = scores.loss.double().cpu().numpy()
@@ -238,13 +261,15 @@ class FastExecutor:
             found[place] = {"loss": float(loss[own].sum()) / terms, "accuracy": float(correct[own].sum()) / terms}
         return found
 
-    def _passes(self, clients: Sequence[Adapter], owners: Rows, rows: Rows) -> Iterator[tuple[Rows, Scores]]:
-        """(places among `rows`, their scores) of each pass."""
+    def _passes(
+        self, clients: Sequence[Adapter], owners: Rows, rows: Rows, score: Callable[[Any, Batch], T]
+    ) -> Iterator[tuple[Rows, T]]:
+        """(places among `rows`, what the task makes of them) of each pass."""
         for chosen in batches(self.examples.lengths[rows], self.token_budget, packed=True):
             chosen = chosen[np.argsort(owners[chosen], kind="stable")]
             states = None if self.kept is None else self.kept.of(rows[chosen])
             at = SharedPass(self.frozen, clients, owners[chosen], states)
-            yield chosen, self.task.scores(at, to_device(self.examples.batch(rows[chosen]), self.adapted.device))
+            yield chosen, score(at, to_device(self.examples.batch(rows[chosen]), self.adapted.device))
 
     def _sharing(self, batch: Mapping[int, Rows]) -> list[list[int]]:
         """The clients whose minibatches go through the model together: nearly equal groups of no more than the budget;
@@ -258,7 +283,7 @@ class FastExecutor:
         tokens = [self._tokens(batch[place]) for place in places]
         groups: list[list[int]] = []
         for count in range(min(max(1, math.ceil(sum(tokens) / self.token_budget)), len(places)), len(places) + 1):
-            groups = _dealt(list(range(len(tokens))), tokens, count)
+            groups = dealt(list(range(len(tokens))), tokens, count)
             if max(sum(tokens[index] for index in group) for group in groups) <= self.token_budget:
                 break
         return [sorted(places[index] for index in group) for group in groups]
@@ -266,7 +291,7 @@ class FastExecutor:
     def _shares(self, places: Sequence[int], tokens: Sequence[float]) -> list[list[int]]:
         """The clients dealt to as many workers as PyTorch has threads; all to one on a GPU."""
         workers = 1 if self.adapted.device.type != "cpu" else min(torch.get_num_threads(), len(places))
-        return _dealt(places, tokens, workers)
+        return dealt(places, tokens, workers)
 
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
@@ -300,31 +325,3 @@ def first_adapted(adapted: AdaptedModel) -> int:
         for layer in adapted.layout.layers
     ]
     return 0 if adapted.layout.backbone else min(found, default=0)
-
-
-def _pooled(rows: Sequence[Rows]) -> tuple[Rows, Rows]:
-    """(owners, rows): everyone's rows end to end, and whose each one is."""
-    owners = np.repeat(np.arange(len(rows)), [len(own) for own in rows])
-    return owners, np.concatenate(rows).astype(np.int64)
-
-
-def _next(minibatch: Mapping[int, Iterator[Rows]]) -> dict[int, Rows]:
-    """The next minibatch of each client that has one."""
-    found = {place: next(rows, None) for place, rows in minibatch.items()}
-    return {place: rows for place, rows in found.items() if rows is not None}
-
-
-def _dealt(items: Sequence[T], weights: Sequence[float], count: int) -> list[list[T]]:
-    """The items in so many lists, heaviest first to the least laden."""
-    shares: list[list[T]] = [[] for _ in range(count)]
-    load = np.zeros(count)
-    for index in np.argsort(-np.asarray(weights), kind="stable"):
-        least = int(load.argmin())
-        shares[least].append(items[index])
-        load[least] += weights[index]
-    return shares
-
-
-def _merged(parts: Sequence[dict[int, T]]) -> dict[int, T]:
-    """All entries of disjoint dictionaries."""
-    return {key: value for part in parts for key, value in part.items()}
