@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.timeout(600), pytest.mark.xdist_group("network")]
 
 
 def finished(lab, out: Path, **values) -> Path:
-    config = lab.config(out=str(out), method="ditto", wire__dtype="int8", fraction=0.5, rounds=2, **values)
+    config = lab.config(out=str(out), method="ditto", wire__up="int8", fraction=0.5, rounds=2, **values)
     for _ in lifecycle.run(config):
         pass
     return out

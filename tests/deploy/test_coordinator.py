@@ -238,7 +238,7 @@ def test_the_last_layers_alone_and_early_stopping_are_for_both_ends(lab, tmp_pat
     sites = Sites(tmp_path, lab)
     path = sites.configure(
         method="fedit", layers="last:1", early_stopping={"patience": 1}, rounds=2, evaluate=True,
-        wire={"dtype": "int8"}, network={"deadline": 60.0},
+        wire={"up": "int8"}, network={"deadline": 60.0},
     )  # fmt: skip
     coordinator.lead(path, Grid(sites), {})
     found = lines(tmp_path)
@@ -262,8 +262,8 @@ def test_a_basis_from_gradients_goes_over_the_network(lab, tmp_path):
     grid, received = Grid(sites, offline={"d"}), {}
 
     def noting(call: Called, opened: site.Opened, record: Record) -> list[Record]:
-        said = codec_of(opened, call).read_request(call.data, call.client)
-        received[call.client, said.phase, said.round] = said.down
+        said = codec_of(opened, call).open_request(call.data, call.client)
+        received[call.client, said.phase, said.round] = said.factors
         if said.phase == "train":
             grid.offline = set()
         return [record]

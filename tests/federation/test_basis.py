@@ -57,7 +57,7 @@ def test_clients_start_from_the_pooled_basis_and_later_ones_too(method, lab, tmp
         lab.federation(tmp_path, method=method, basis="gradient", fraction=0.5, rounds=4, seed=3, **frozen)
     )
     played = list(rounds(built))
-    wanted = built.method.adapter.basis_factors
+    wanted = built.method.adapter.from_basis
     assert wanted == (frozenset("AB") if method in ("fed_sb", "ce_lora") else frozenset("A"))
     asked = [place for place in phases(built) if place[1] == "basis"]
     assert asked == [(0, "basis")] * 4
@@ -93,9 +93,7 @@ def test_the_basis_is_that_of_the_mean_of_the_clients_dense_gradients(lab, tmp_p
     (only,) = rounds(built)
     sizes = torch.tensor([len(site.splits[c].train) for c in site.clients], dtype=torch.float64)
     for layer in built.spec.layout.layers:
-        mean = sum(
-            w * one[Key(layer.name, "W")] for w, one in zip((sizes / sizes.sum()).tolist(), dense, strict=True)
-        )
+        mean = sum(w * one[Key(layer.name, "W")] for w, one in zip((sizes / sizes.sum()).tolist(), dense, strict=True))
         assert isinstance(mean, torch.Tensor)
         U, S, Vh = torch.linalg.svd(mean)
         A, B = (only.state.shared[Key(layer.name, factor)] for factor in "AB")
@@ -153,7 +151,7 @@ def test_a_sketch_that_is_no_gradient_is_refused(lab, tmp_path, monkeypatch):
     long = {k: torch.cat([v, v], 0 if k.factor == "A" else 1) for k, v in answer.reply.up.items()}
     bad = {k: v * torch.nan for k, v in answer.reply.up.items()}
     for up, why in ((long, "has shape"), (bad, "norm nan")):
-        data = codec.write_reply(replace(answer.reply, up=up), "basis", built.site.store)
+        data = codec.write_reply(replace(answer.reply, up=up), request, built.site.store)
         with pytest.raises(FedtriError, match=why):
             codec.read_reply(data, request)
 

@@ -42,7 +42,7 @@ def pooled(replies: Sequence[Reply], factors: frozenset[str], rank: int) -> dict
 
 
 def _stacked(replies: Sequence[Reply], layer: str, factor: str, count: int) -> Tensor:
-    """Everyone's factor of one layer, filled up with zeros, so that there are always as many singular vectors as wanted."""
+    """Everyone's factor of one layer, filled up with zeros so that there are always enough singular vectors."""
     own = [reply.up[Key(layer, factor)] for reply in replies]
     if factor == "A":
         return torch.stack([pad(A, (0, 0, 0, count - A.shape[0])) for A in own])
