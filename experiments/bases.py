@@ -30,7 +30,7 @@ from fedtri.aggregation import means
 from fedtri.federation import loop
 from fedtri.federation.basis import drawn
 from fedtri.runs import simulation
-from fedtri.seeds import derive, generator
+from fedtri.seeds import generator
 from fedtri.state import ServerState
 from fedtri.storage.client_store import ClientStore
 

@@ -29,8 +29,17 @@ EXPORT, UPDATE = "an exported adapter gives the client's own answers", "identica
 EXECUTORS = "every executor gives a client the same result"
 RESUMED = "a run that is stopped and resumed equals one that never was"
 MOVES = "every factor that learns moves, and no other"
+ALIVE = "no aggregation leaves a pair of A and B that cannot learn"
+BASED = [UPDATE, "only the plan travels, and what is counted was encoded", ALIVE, EXECUTORS, RESUMED, EXPORT]
+"""The laws that a phase before the first round could break."""
 VARIANTS: list[tuple[str, Callable[[], Method], dict[str, Any], Sequence[str]]] = [
     ("ce_lora in a frozen basis", functools.partial(METHODS["ce_lora"], frozen=True), {}, list(BY_NAME)),
+    ("fed_sb in a gradient basis", METHODS["fed_sb"], {"basis": "gradient", "basis_factors": 2}, BASED),
+    ("ffa_lora in a gradient basis", METHODS["ffa_lora"], {"basis": "gradient"}, BASED),
+    ("fedit from a gradient basis", METHODS["fedit"], {"basis": "gradient"}, BASED),
+    ("ce_lora in a frozen gradient basis", functools.partial(METHODS["ce_lora"], frozen=True), {"basis": "gradient"},
+     BASED),
+    ("hetlora from the weights", METHODS["hetlora"], {"basis": "weights"}, [ALIVE, RESUMED]),
     ("ce_lora with a shared head", METHODS["ce_lora"], {"head": "shared"}, [UPDATE, MOVES, RESUMED]),
     ("fedit with personal heads", METHODS["fedit"], {"head": "personal"}, [UPDATE, MOVES, RESUMED]),
     ("fedit by DoRA", METHODS["fedit"], {"adapter": "dora"}, [UPDATE, MOVES, EXECUTORS, EXPORT]),

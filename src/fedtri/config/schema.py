@@ -186,6 +186,7 @@ class Config(Strict):
     adapter: Literal["lora", "dora", "hira"] = "lora"
     basis: Literal["default", "kaiming", "orthonormal", "gradient", "weights"] = "default"
     basis_examples: PositiveInt = 64
+    basis_factors: PositiveInt = 4
     lora_alpha: Annotated[float, Field(gt=0)] = 16.0
     targets: str | Annotated[list[str], Field(min_length=1)] = "auto"
     layers: Annotated[str, Field(pattern=r"^(all|last:[1-9]\d*)$")] = "all"
