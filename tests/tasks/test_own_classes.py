@@ -22,7 +22,10 @@ WEIGHT, BIAS = Key("classifier.weight", "H"), Key("classifier.bias", "H")
 
 @pytest.mark.parametrize("method", ["fedit", "ce_lora", "ditto", "ravan"])
 def test_heads_of_different_size_are_trained(method, lab, tmp_path):
-    """By local updates of each kind; heads are no part of a method. Seen to fail with heads of all classes, and with rows of other classes left open."""
+    """By local updates of each kind; heads are no part of a method.
+
+    Seen to fail with heads of all classes, and with rows of other classes left open.
+    """
     built = lab.federation(
         tmp_path, **({**VISION, "method": method, "data_options__limit": 200} | NEEDS.get(method, {}))
     )
