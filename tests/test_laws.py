@@ -28,13 +28,27 @@ BY_NAME = {law.name: law for law in laws}
 EXPORT, UPDATE = "an exported adapter gives the client's own answers", "identical replies aggregate to the same update"
 EXECUTORS = "every executor gives a client the same result"
 RESUMED = "a run that is stopped and resumed equals one that never was"
+ALIVE = "no aggregation leaves a pair of A and B that cannot learn"
 MOVES = "every factor that learns moves, and no other"
+ALIVE = "no aggregation leaves a pair of A and B that cannot learn"
+BASED = [UPDATE, "only the plan travels, and what is counted was encoded", ALIVE, EXECUTORS, RESUMED, EXPORT]
+"""The laws that a phase before the first round could break."""
 VARIANTS: list[tuple[str, Callable[[], Method], dict[str, Any], Sequence[str]]] = [
     ("ce_lora in a frozen basis", functools.partial(METHODS["ce_lora"], frozen=True), {}, list(BY_NAME)),
+    ("fed_sb in a gradient basis", METHODS["fed_sb"], {"basis": "gradient", "basis_factors": 2}, BASED),
+    ("ffa_lora in a gradient basis", METHODS["ffa_lora"], {"basis": "gradient"}, BASED),
+    ("fedit from a gradient basis", METHODS["fedit"], {"basis": "gradient"}, BASED),
+    ("ce_lora in a frozen gradient basis", functools.partial(METHODS["ce_lora"], frozen=True), {"basis": "gradient"},
+     BASED),
+    ("hetlora from the weights", METHODS["hetlora"], {"basis": "weights"}, [ALIVE, RESUMED]),
     ("ce_lora with a shared head", METHODS["ce_lora"], {"head": "shared"}, [UPDATE, MOVES, RESUMED]),
     ("fedit with personal heads", METHODS["fedit"], {"head": "personal"}, [UPDATE, MOVES, RESUMED]),
     ("fedit by DoRA", METHODS["fedit"], {"adapter": "dora"}, [UPDATE, MOVES, EXECUTORS, EXPORT]),
     ("fedit by HiRA", METHODS["fedit"], {"adapter": "hira"}, [UPDATE, MOVES, EXECUTORS, EXPORT]),
+    ("ce_lora by cosine, shrunk", functools.partial(METHODS["ce_lora"], reference="cosine", mixing="shrunk"), {}, [
+        UPDATE, EXECUTORS, RESUMED]),
+    ("flexlora split as its authors do", functools.partial(METHODS["flexlora"], split="orthonormal"), {}, [
+        UPDATE, ALIVE, EXECUTORS]),
     ("flexlora aligned", functools.partial(METHODS["flexlora"], align=True), {}, [UPDATE, EXECUTORS]),
 ]  # fmt: skip
 
@@ -119,7 +133,7 @@ BROKEN: dict[str, tuple[Callable[[], Method], str]] = {
         lambda: method(draws_from_the_global_generator), "the order of replies changes nothing"),
     "adds to a reply": (lambda: method(adds_to_a_reply), "aggregation does not mutate its inputs"),
     "adds up": (lambda: method(adds_up), UPDATE),
-    "sends zeros": (lambda: method(sends_zeros), "no aggregation leaves a pair of A and B that cannot learn"),
+    "sends zeros": (lambda: method(sends_zeros), ALIVE),
     "forgets B": (lambda: method(local_update=forgets_b), MOVES),
     "changes what the plan freezes": (lambda: method(local_update=keeps_half_of_its_core), MOVES),
     "sets a core between A and B = 0": (lambda: method(plan=Plan.of("C")), MOVES),

@@ -89,9 +89,9 @@ def _once(spec: Spec) -> list[int]:
     parts = spec.method.adapter
     if parts.basis != "gradient":
         return []
-    shapes = spec.layout.shapes(spec.largest_rank)
-    travelling = [*spec.layout.keys(GRADIENT), *spec.layout.keys(parts.basis_factors)]
-    return [math.prod(shapes[key]) for key in travelling]
+    own, few = (spec.layout.shapes(min(spec.largest_rank, most)) for most in (spec.largest_rank, spec.gradient_factors))
+    up = [few[key] for key in spec.layout.keys(GRADIENT)]
+    return [math.prod(shape) for shape in [*up, *(own[key] for key in spec.layout.keys(parts.from_basis))]]
 
 
 def _sent(spec: Spec, rounds: int) -> tuple[tuple[int, int], tuple[int, int]]:
