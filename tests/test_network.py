@@ -60,7 +60,7 @@ def test_a_run_ends_bit_for_bit_as_in_one_process(net, lab, tmp_path):
     model = lab.folder / "three layers"
     for part in (classifier("bert", num_hidden_layers=3), tokenizer()):
         part.save_pretrained(model)
-    values = {"method": "ce_lora", "model": str(model), "layers": "last:2", "wire__dtype": "int8"}
+    values = {"method": "ce_lora", "model": str(model), "layers": "last:2", "wire__up": "int8"}
     config = net.configuration(tmp_path / "run", rounds=2, **values)
     out = net.run(config)
     lines = net.finished(out)

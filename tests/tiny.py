@@ -332,7 +332,7 @@ class Lab:
 
         `of` is the method that makes its config: config, language, tagging.
         """
-        values |= {"wire__dtype": "float64"} if double else {}
+        values |= {"wire__up": "float64", "wire__down": "float64", "wire__basis": "float64"} if double else {}
         built = simulation.build(getattr(self, of)(**values), ClientStore(store), on_step)
         if double:
             built.opened.adapted.model.double()

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from fedtri.adapters.initial import BASES, Basis
 from fedtri.adapters.layout import Factors
@@ -153,6 +153,9 @@ class LocalRound(Protocol):
         ...
 
 
+Weights = Literal["examples", "uniform"]
+"""How clients count in a mean: p_k = n_k / Σn, or p_k = 1/m."""
+
 Aggregate = Callable[[ServerState, Sequence[Reply]], ServerState]
 """(state, replies in the clients' order) to the next state. A pure function. `state.round` is the round that closes."""
 LocalUpdate = Callable[[LocalRound], Sequence[Update]]
@@ -205,6 +208,8 @@ class Method:
     """If given, clients send a sketch when they first take part; then this is called with the new state."""
     averages: bool = False
     """Whether the server shares a plain weighted mean. Only then may a server optimiser follow it."""
+    weights: Weights = "examples"
+    """How clients count, as the paper or its authors' code has it. The configuration's `weights` overrides it."""
 
     def described(self) -> dict[str, Any]:
         """Its name and paper as plain values, for a run directory."""

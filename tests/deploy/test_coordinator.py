@@ -238,7 +238,7 @@ def test_the_last_layers_alone_and_early_stopping_are_for_both_ends(lab, tmp_pat
     sites = Sites(tmp_path, lab)
     path = sites.configure(
         method="fedit", layers="last:1", early_stopping={"patience": 1}, rounds=2, evaluate=True,
-        wire={"dtype": "int8"}, network={"deadline": 60.0},
+        wire={"up": "int8"}, network={"deadline": 60.0},
     )  # fmt: skip
     coordinator.lead(path, Grid(sites), {})
     found = lines(tmp_path)

@@ -4,35 +4,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedtri.adapters.layout import Factors, Key
+from fedtri.adapters.layout import Key
 from fedtri.aggregation import fidelity, means, pairs, products
 from fedtri.federation import server
 from fedtri.messages import Reply
 from fedtri.methods import METHODS, build
 from fedtri.state import Scales, ServerState
-
-DOUBLE = {"dtype": torch.float64}
-ALPHA = 6.0
-
-
-def reply(client: str, examples: int = 1, **factors: list[list[float]]) -> Reply:
-    up = {Key("w", name): torch.tensor(value, **DOUBLE) for name, value in factors.items()}
-    return Reply(client, 0, up, examples, {})
-
-
-def step(method: str, *replies: Reply, state: ServerState | None = None, **options: object) -> ServerState:
-    ranks = {r.client: next(v.shape[0] for k, v in r.up.items() if k.factor in "AC") for r in replies}
-    state = state or ServerState(scales=Scales(ALPHA, ranks))
-    return server.server_step(build(method, options), state, replies)
-
+from replies import ALPHA, DOUBLE, drawn, product, reply, step
 
 ONE = reply("one", 1, A=[[1, 0, 0]], B=[[2], [0]])  # BA = 2 in the upper left
 TWO = reply("two", 3, A=[[0, 0, 1]], B=[[0], [4]])  # BA = 4 in the lower right
 MEAN = torch.tensor([[0.5, 0, 0], [0, 0, 3]], **DOUBLE)  # p = 1/4, 3/4
-
-
-def product(factors: Factors) -> Tensor:
-    return factors[Key("w", "B")] @ factors[Key("w", "A")]
 
 
 def test_fedit_is_the_mean_of_factors_weighted_once_each():
@@ -45,7 +27,7 @@ def test_fedit_is_the_mean_of_factors_weighted_once_each():
 @pytest.mark.parametrize("method", ["flora", "fedex_lora"])
 def test_the_dense_total_makes_the_mean_product_exact_at_the_clients_scale(method):
     """s = alpha / rank = 6. On a d_out = 2, d_in = 3 layer a transposed residual cannot even be added."""
-    state = step(method, ONE, TWO)
+    state = step(method, ONE, TWO, weights="examples")
     W = state.shared[Key("w", "W")]
     pair = product(state.shared) if method == "fedex_lora" else torch.zeros(2, 3, **DOUBLE)
     torch.testing.assert_close(W + ALPHA * pair, ALPHA * MEAN, atol=1e-10, rtol=0)
@@ -67,7 +49,8 @@ def test_the_mean_of_cores_is_the_mean_of_products(method):
     """C of two 1 x 1 heads, or of one column: ΔW is linear in C."""
     cores = [[[1.0], [2.0]], [[5.0], [-2.0]]]
     replies = [reply(name, n, C=core) for name, n, core in zip("ab", (1, 3), cores, strict=True)]
-    assert step(method, *replies).shared[Key("w", "C")].tolist() == [[4.0], [-1.0]]
+    assert step(method, *replies, weights="examples").shared[Key("w", "C")].tolist() == [[4.0], [-1.0]]
+    assert step(method, *replies).shared[Key("w", "C")].tolist() == [[3.0], [0.0]], "uniform, as their papers have it"
 
 
 def test_flexlora_sends_the_best_approximation_of_the_mean_product():
@@ -91,26 +74,11 @@ def test_lora_fair_corrects_b_alone_and_points_more_truly():
 
 def test_flora_na_is_nearer_than_fedit_and_no_nearer_than_the_best_of_its_rank():
     def miss(method: str) -> float:
-        return float((product(step(method, *drawn(seed=3)).shared) - mean_product(drawn(seed=3))).norm())
+        return float(
+            (product(step(method, *drawn(seed=3), weights="examples").shared) - mean_product(drawn(seed=3))).norm()
+        )
 
     assert miss("flexlora") <= miss("flora_na") <= miss("fedit")
-
-
-def drawn(seed: int, ranks: tuple[int, ...] = (2, 2, 2), d_in: int = 5, d_out: int = 4) -> list[Reply]:
-    rng = torch.Generator().manual_seed(seed)
-    return [
-        Reply(
-            f"c{i}",
-            0,
-            {
-                Key("w", "A"): torch.randn(r, d_in, generator=rng, **DOUBLE),
-                Key("w", "B"): torch.randn(d_out, r, generator=rng, **DOUBLE),
-            },
-            i + 1,
-            {},
-        )
-        for i, r in enumerate(ranks)
-    ]
 
 
 def mean_product(replies: list[Reply], alpha: float | None = None) -> Tensor:
@@ -167,7 +135,7 @@ def test_alignment_keeps_the_product_and_turns_the_factors_less(method):
 @pytest.mark.parametrize("method", ["fedit", "flexlora", "flora_na", "hetlora", "lora_fair", "flora", "fedex_lora"])
 def test_rho_is_the_dense_residual(method):
     replies = drawn(seed=11)
-    after = step(method, *replies)
+    after = step(method, *replies, weights="examples")
     mean, growth = ALPHA / 2 * mean_product(replies), after.shared.get(Key("w", "W"), torch.zeros(4, 5, **DOUBLE))
     pair = ALPHA / 2 * product(after.shared) if Key("w", "A") in after.shared else torch.zeros(4, 5, **DOUBLE)
     U, S, Vh = torch.linalg.svd(mean)

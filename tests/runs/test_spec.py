@@ -49,6 +49,7 @@ KEYS: dict[str, tuple[Any, str]] = {
     "targets": ("query", "layout"),
     "layers": ("last:1", "layout"),
     "head": ("shared", ALWAYS),
+    "weights": ("uniform", ALWAYS),
     "head_start": ("fit", "fits_heads"),
     "labels": ("own", REFUSED),
     "seed": (4, "seed"),

@@ -18,6 +18,11 @@ def example_weights(replies: Sequence[Reply]) -> Float[Tensor, "m"]:
     return counts / counts.sum()
 
 
+def counted(replies: Sequence[Reply], weights: str) -> Sequence[Reply]:
+    """The replies as they count in a mean: "examples" as they are, "uniform" each as one example."""
+    return replies if weights == "examples" else [replace(reply, num_examples=1) for reply in replies]
+
+
 def mean(
     replies: Sequence[Reply], kinds: frozenset[str], weights: Float[Tensor, "m"] | None = None
 ) -> dict[Key, Tensor]:

@@ -128,6 +128,24 @@ def residual(
     return torch.where(error == 0, 0.0, error / norm)
 
 
+def procrustes(agreement: Float[Tensor, "*batch r r"], *, proper: bool = False) -> Float[Tensor, "*batch r r"]:
+    """The orthogonal R that maximises tr(RᵀG): UVᵀ of the SVD of G. R = I where G is zero.
+
+    With G = XᵀY it is argmin ‖XR − Y‖_F.
+
+    Args:
+        agreement: G.
+        proper: Only rotations are allowed, no reflections: of all with det R = 1 the best one.
+    """
+    U, _, Vh = torch.linalg.svd(agreement)
+    R = U @ Vh
+    if proper:
+        U = torch.cat([U[..., :-1], U[..., -1:] * torch.linalg.det(R).sign()[..., None, None]], -1)
+        R = U @ Vh
+    still = ~agreement.flatten(-2).any(-1)[..., None, None]
+    return torch.where(still, torch.eye(R.shape[-1], dtype=R.dtype), R)
+
+
 def procrustes_align(
     B_new: Float[Tensor, "layers d_out r"],
     A_new: Float[Tensor, "layers r d_in"],
@@ -139,7 +157,5 @@ def procrustes_align(
     The orthogonal R minimising ‖B_new R − B_prev‖_F² + ‖RᵀA_new − A_prev‖_F² is UVᵀ of the SVD of
     B_newᵀB_prev + A_new A_prevᵀ.
     """
-    agreement = B_new.double().mT @ B_prev.double() + A_new.double() @ A_prev.double().mT
-    U, _, Vh = torch.linalg.svd(agreement)
-    R = U @ Vh
+    R = procrustes(B_new.double().mT @ B_prev.double() + A_new.double() @ A_prev.double().mT)
     return (B_new.double() @ R).to(B_new.dtype), (R.mT @ A_new.double()).to(A_new.dtype)

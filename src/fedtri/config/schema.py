@@ -122,10 +122,21 @@ class Simulation(Strict):
     client_gpus: Annotated[float, Field(ge=0)] = 0.0
 
 
-class Wire(Strict):
-    """[wire]: the number type on the wire, and the largest norm a client's tensor may have."""
+NumberTypeName = Literal["float32", "float16", "bfloat16", "float64", "int8", "int4", "sign"]
 
-    dtype: Literal["float32", "float16", "bfloat16", "float64", "int8"] = "float32"
+
+class Wire(Strict):
+    """[wire]: the number types on the wire, and the largest norm a client's tensor may have.
+
+    `up` is how clients write what they learned, `down` how the server writes what came of it, `basis` how a tensor is
+    written that travels once: a basis that is never trained, and the first value of a tensor that neither end can
+    derive from the seed. Where `up` or `down` is int8, int4 or sign, both send differences to what the other end
+    has, and keep what rounding lost for the next message.
+    """
+
+    up: NumberTypeName = "float32"
+    down: NumberTypeName = "float32"
+    basis: NumberTypeName = "float32"
     norm_bound: Annotated[float, Field(gt=0)] = 1e4
 
 
@@ -179,6 +190,7 @@ class Config(Strict):
     targets: str | Annotated[list[str], Field(min_length=1)] = "auto"
     layers: Annotated[str, Field(pattern=r"^(all|last:[1-9]\d*)$")] = "all"
     head: Literal["default", "personal", "shared"] = "default"
+    weights: Literal["default", "examples", "uniform"] = "default"
     head_start: Literal["initial", "fit"] = "initial"
     labels: Literal["shared", "own"] = "shared"
     seed: Annotated[int, Field(ge=0)] = 0

@@ -25,12 +25,14 @@ def build(
     adapter: str = "lora",
     basis: str = "default",
     optimizer: ServerOptimizer | None = None,
+    weights: str = "default",
 ) -> Method:
-    """The method of this name with its options, for this kind of adapter, with this head and server optimiser.
+    """The method of this name with its options, for this kind of adapter, with this head, weights and server optimiser.
 
     Raises FedtriError as `lookup.make` and `as_run` do.
     """
-    return as_run(lookup.make(name, options), head=head, adapter=adapter, basis=basis, optimizer=optimizer)
+    made = lookup.make(name, options)
+    return as_run(made, head=head, adapter=adapter, basis=basis, optimizer=optimizer, weights=weights)
 
 
 def as_run(
@@ -40,6 +42,7 @@ def as_run(
     adapter: str = "lora",
     basis: str = "default",
     optimizer: ServerOptimizer | None = None,
+    weights: str = "default",
 ) -> Method:
     """The method as a run uses it.
 
@@ -49,12 +52,16 @@ def as_run(
         adapter: The kind of adapter: lora, dora or hira.
         basis: Where A, and B where it is a basis, come from; "default": as the method has it.
         optimizer: Follows the move of what the server shares.
+        weights: "examples": a client counts by its number of examples; "uniform": all alike; "default": as the
+            method's paper or its authors' code has it.
 
     Raises:
         FedtriError: For a kind of adapter or a basis that the method is not defined for, or a server optimiser where
             what is shared is no average.
     """
     method = with_basis(with_head(with_adapter(method, adapter), head), basis)
+    if weights != "default":
+        method = replace(method, weights=weights)
     method = replace(method, aggregate=_with_averages(method))
     return method if optimizer is None else with_optimizer(method, optimizer)
 
@@ -138,10 +145,13 @@ def scope(method: Method) -> str:
 
 
 def _with_averages(method: Method) -> Aggregate:
-    """The method's aggregation of what is its own, and the mean of a head or magnitudes that travel."""
+    """The method's aggregation of what is its own, and the mean of a head or magnitudes that travel.
+
+    Here clients get their weights: replies that count alike hold one example each.
+    """
 
     def aggregate(state: ServerState, replies: Sequence[Reply]) -> ServerState:
-        up = method.plan(state.round - 1).up
+        up, replies = method.plan(state.round - 1).up, means.counted(replies, method.weights)
         if up - AVERAGED:
             state = method.aggregate(state, replies)
         if averaged := up & AVERAGED:

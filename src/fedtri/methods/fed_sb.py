@@ -27,5 +27,11 @@ def fed_sb() -> Method:
         return means.share(state, means.mean(replies, frozenset("C")))
 
     return Method(
-        "fed_sb", PAPER, lambda _: plan, aggregate, adapter=AdapterSpec(basis="orthonormal", core=True), averages=True
+        "fed_sb",
+        PAPER,
+        lambda _: plan,
+        aggregate,
+        adapter=AdapterSpec(basis="orthonormal", core=True),
+        averages=True,
+        weights="uniform",
     )

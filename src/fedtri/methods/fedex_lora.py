@@ -35,4 +35,4 @@ def fedex_lora() -> Method:
             shared |= pairs.by_layer(group, B, A)
         return means.share(state, shared)
 
-    return Method("fedex_lora", PAPER, lambda _: plan, aggregate, adapter=AdapterSpec(extra="W"))
+    return Method("fedex_lora", PAPER, lambda _: plan, aggregate, adapter=AdapterSpec(extra="W"), weights="uniform")

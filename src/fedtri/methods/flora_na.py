@@ -1,6 +1,6 @@
 """FLoRA-NA: the pair Σq_uB_u, Σp_vA_v whose product is nearest to the mean of the products. arXiv:2509.26399.
 
-min over p, q of ‖ Σ_k w_k B_kA_k − (Σ_u q_uB_u)(Σ_v p_vA_v) ‖_F², w_k by examples, from p = q = w (which is FedIT).
+min over p, q of ‖ Σ_k w_k B_kA_k − (Σ_u q_uB_u)(Σ_v p_vA_v) ‖_F², w_k = 1/m, from p = q = w (which is FedIT of that w).
 """
 
 from collections.abc import Sequence
@@ -51,6 +51,7 @@ def flora_na(*, sweeps: int = 100, align: bool = False) -> Method:
         aggregate,
         receive=pairs.revive,
         adapter=AdapterSpec(kinds=("lora", "dora", "hira"), mixed_ranks=not align),
+        weights="uniform",
     )
 
 

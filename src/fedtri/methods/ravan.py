@@ -47,4 +47,6 @@ def ravan(*, heads: int = 2) -> Method:
         return {**own, **ones, **down}
 
     adapter = AdapterSpec(basis="orthonormal", core=True, extra="S", heads=heads)
-    return Method("ravan", PAPER, lambda _: plan, aggregate, local_update, receive, adapter, averages=True)
+    return Method(
+        "ravan", PAPER, lambda _: plan, aggregate, local_update, receive, adapter, averages=True, weights="uniform"
+    )

@@ -5,6 +5,7 @@ two ends that have the same configuration cannot disagree. No weights are loaded
 configuration alone.
 """
 
+import functools
 import hashlib
 import json
 import math
@@ -17,10 +18,12 @@ from torch import nn
 from transformers import AutoConfig
 
 from fedtri import methods, tasks
+from fedtri.adapters.initial import derived_factors
 from fedtri.adapters.layer import Kind, shape_of
 from fedtri.adapters.layout import FACTORS, Layer, Layout
 from fedtri.aggregation import server_optimizers
 from fedtri.communication.codec import Codec, SketchSize
+from fedtri.communication.compression import Types
 from fedtri.communication.numbers import NUMBERS
 from fedtri.config import Config
 from fedtri.config.schema import ModelOptions, Wire
@@ -99,13 +102,29 @@ class Spec:
     @property
     def codec(self) -> Codec:
         """How this federation's messages become bytes."""
-        expected = Expectation(self.layout, self.scales, self.wire.norm_bound)
-        return Codec(expected, self.method.plan, self.wire.dtype, self.sketch, self.fingerprint)
+        expected, wire = Expectation(self.layout, self.scales, self.wire.norm_bound), self.wire
+        parts = self.method.adapter
+        bases = parts.basis_factors if parts.basis == "gradient" else frozenset[str]()
+        of_rank = functools.cache(functools.partial(
+            derived_factors, self.layout, seed=self.seed, basis=parts.basis, core=parts.core,
+            given=self.init_adapter is not None,
+        ))  # fmt: skip
+        return Codec(
+            expected, self.method.plan, Types(wire.up, wire.down, wire.basis), self.sketch,
+            lambda client: of_rank(self.scales.ranks[client]), bases, self.fingerprint,
+        )  # fmt: skip
 
     def payload_bytes(self, client: str) -> int:
-        """The bytes of the numbers alone that this client sends in the first round."""
-        shapes, numbers = self.layout.shapes(self.scales.ranks[client]), NUMBERS[self.wire.dtype]
-        return sum(numbers.size(math.prod(shapes[key])) for key in self.layout.keys(self.method.plan(0).up))
+        """The bytes of the numbers alone that this client sends in a round after the first."""
+        return sum(map(NUMBERS[self.wire.up].size, self._sizes(client)))
+
+    def payload_numbers(self, client: str) -> int:
+        """How many numbers this client sends in the first round."""
+        return sum(self._sizes(client))
+
+    def _sizes(self, client: str) -> list[int]:
+        shapes = self.layout.shapes(self.scales.ranks[client])
+        return [math.prod(shapes[key]) for key in self.layout.keys(self.method.plan(0).up)]
 
 
 def spec_of(
@@ -182,7 +201,7 @@ def columns_of(config: Config) -> dict[str, str]:
 
 
 def method_of(config: Config, instead: Method | None = None) -> Method:
-    """The method with its options, head, kind of adapter and server optimiser.
+    """The method with its options, head, kind of adapter, weights and server optimiser.
 
     Args:
         config: The configuration.
@@ -197,7 +216,9 @@ def method_of(config: Config, instead: Method | None = None) -> Method:
         step = server_optimizers.optimizer(server.optimizer, learning_rate=server.learning_rate, betas=betas)
     if instead is None:
         instead = methods.make(config.method, config.method_options)
-    method = methods.as_run(instead, head=config.head, adapter=config.adapter, basis=config.basis, optimizer=step)
+    method = methods.as_run(
+        instead, head=config.head, adapter=config.adapter, basis=config.basis, optimizer=step, weights=config.weights
+    )
     if not isinstance(config.rank, int) and not method.adapter.mixed_ranks:
         raise FedtriError(
             f"rank: {method.name} needs one rank for all clients, got {config.rank!r}; give one number, or choose of "

@@ -77,12 +77,19 @@ def unmutated(world: World) -> None:
 
 
 def identical(world: World) -> None:
-    """Whatever the clients' sizes. Seen to fail with weights that sum to m / (m + 1), and with A and B weighted."""
+    """Whatever the clients' sizes. Seen to fail with weights that sum to m / (m + 1), and with A and B weighted.
+
+    Where what clients send arrives in the others' second adapter, it must arrive there as it was sent.
+    """
     now = world.moment()
     built, first = now.federation, now.replies[0]
     site, mine = built.site, built.site.kept(first.client)
     replies = [replace(reply, up=first.up) for reply in now.replies]
     state = server.server_step(built.method, now.state, replies)
+    plan = built.method.plan(now.state.round)
+    if "a" in plan.down - plan.train:
+        second = {Key(key.layer, key.factor.lower()): value for key, value in first.up.items() if key.factor in "AB"}
+        mine = built.method.receive(mine, second, dict)
     for reply in replies:
         site.store.save(reply.client, mine, "same")
         down = server.downlink(built.method, state, reply.client)
