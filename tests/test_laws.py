@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from fedtri import LocalRound, Method, Paper, Plan, Reply, ServerState, Update, mean, share, train_steps
+from fedtri.communication.numbers import NUMBERS
 from fedtri.config import Config
 from fedtri.methods import METHODS, as_run
 from fedtri.runs import lifecycle
@@ -28,7 +29,7 @@ BY_NAME = {law.name: law for law in laws}
 EXPORT, UPDATE = "an exported adapter gives the client's own answers", "identical replies aggregate to the same update"
 EXECUTORS = "every executor gives a client the same result"
 RESUMED = "a run that is stopped and resumed equals one that never was"
-ALIVE = "no aggregation leaves a pair of A and B that cannot learn"
+TRAVELS = "only the plan travels, and what is counted was encoded"
 MOVES = "every factor that learns moves, and no other"
 ALIVE = "no aggregation leaves a pair of A and B that cannot learn"
 BASED = [UPDATE, "only the plan travels, and what is counted was encoded", ALIVE, EXECUTORS, RESUMED, EXPORT]
@@ -49,6 +50,10 @@ VARIANTS: list[tuple[str, Callable[[], Method], dict[str, Any], Sequence[str]]] 
         UPDATE, EXECUTORS, RESUMED]),
     ("flexlora split as its authors do", functools.partial(METHODS["flexlora"], split="orthonormal"), {}, [
         UPDATE, ALIVE, EXECUTORS]),
+    *((f"fedit in {name}", METHODS["fedit"], {"wire": {"up": name, "down": name, "basis": name}}, [RESUMED])
+      for name in NUMBERS),
+    *((f"{name} in one bit", METHODS[name], {"wire": {"up": "sign", "down": "sign"}}, [RESUMED, TRAVELS])
+      for name in ("ce_lora", "flora", "rolora", "gradient_core")),
     ("flexlora aligned", functools.partial(METHODS["flexlora"], align=True), {}, [UPDATE, EXECUTORS]),
 ]  # fmt: skip
 

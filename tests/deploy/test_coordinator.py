@@ -20,7 +20,7 @@ from fedtri.errors import FedtriError
 from fedtri.messages import Request
 
 BAD = "b"
-NUMBERS = struct.calcsize("<2sBBBI8sIII")
+NUMBERS = struct.calcsize("<2sBBI8s8sIII")
 """Where the header says how many bytes of numbers there are."""
 
 
@@ -35,7 +35,7 @@ def sent_again(change: Callable[[Factors, site.Opened], Factors]) -> Callable:
         codec, request = codec_of(opened, call), Request("train", round_of(call), BAD, {})
         said = codec.read_reply(record[BODY], request)
         changed = replace(said, up=change(said.up, opened))
-        return [{BODY: codec.write_reply(changed, "train", opened.site.store)}]
+        return [{BODY: codec.write_reply(changed, request, opened.site.store)}]
 
     return answer
 
@@ -173,9 +173,9 @@ def test_clients_join_and_leave_between_rounds(lab, tmp_path):
     grid, received = Grid(sites, offline={"d"}), {}
 
     def noting(call: Called, opened: site.Opened, record: Record) -> list[Record]:
-        said = codec_of(opened, call).read_request(call.data, call.client)
+        said = codec_of(opened, call).open_request(call.data, call.client)
         if said.phase == "train":
-            received[call.client, said.round] = said.down
+            received[call.client, said.round] = said.factors
             grid.offline = [{"d"}, set(), {"b"}][min(said.round + 1, 2)]
         return [record]
 
