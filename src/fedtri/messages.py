@@ -1,7 +1,7 @@
 """What travels between the server and a client: requests, replies, sketches, and what became of them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -33,6 +33,16 @@ class Sketch:
 
 
 @dataclass(frozen=True)
+class Held:
+    """What a client has of the server, as far as both ends know: it answered the last message that changed it."""
+
+    factors: Factors = field(default_factory=dict)
+    """The tensors that it was sent, as it read them. Kept only where the wire sends differences."""
+    rounds: int = 0
+    """The number of the last round, counted from 1, whose reply the server used; 0: none."""
+
+
+@dataclass(frozen=True)
 class Request:
     """What the server asks of one client: a phase of a round, and the factors that it sends down.
 
@@ -43,6 +53,10 @@ class Request:
     round: int
     client: str
     down: Factors
+    base: Held | None = None
+    """What the client has already; None: nothing, so that all it needs is in `down`."""
+    values: Factors = field(default_factory=dict)
+    """The server's own values of what may come up. A difference in the reply is added to them."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +85,8 @@ class Answer:
     """From sending the request to reading the reply, where that is measured."""
     retries: int = 0
     """How often the client had to be asked again."""
+    held: Held | None = None
+    """What the client has of the server from now on."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +98,8 @@ class Failure:
     refused: bool = False
     """True: the client answered, but the answer cannot be used. False: it is late, gone, or said that it failed."""
     retries: int = 0
+    behind: bool = False
+    """True: the client no longer has what it was sent before, and must be sent all it needs."""
 
 
 @runtime_checkable

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fedtri.adapters.layout import Factors, Key
-from fedtri.messages import Reply, Sketch
+from fedtri.messages import Held, Reply, Sketch
 
 Tree = Mapping[str, Any]
 """Tensors under names, and such mappings under names."""
@@ -59,6 +59,8 @@ class ServerState:
     personal: Mapping[str, Factors] = field(default_factory=dict)
     """What only one client is sent. It replaces shared tensors of the same key."""
     deliveries: Deliveries = Deliveries()
+    held: Mapping[str, Held] = field(default_factory=dict)
+    """What each client has of what it was sent."""
     sketches: Mapping[str, Sketch] = field(default_factory=dict)
     own: Tree = field(default_factory=dict)
     """The method's own state. Checkpoints keep it; it is never sent."""

@@ -1,5 +1,6 @@
 """Flower's simulation on Ray gives what one process gives, and says in one line what went wrong."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -13,7 +14,7 @@ pytestmark = [pytest.mark.timeout(600), pytest.mark.xdist_group("network")]
 
 
 def finished(lab, out: Path, **values) -> Path:
-    config = lab.config(out=str(out), method="ditto", wire__dtype="int8", fraction=0.5, rounds=2, **values)
+    config = lab.config(out=str(out), method="ditto", wire__up="int8", fraction=0.5, rounds=2, **values)
     for _ in lifecycle.run(config):
         pass
     return out
@@ -37,7 +38,7 @@ def test_without_ray_one_line_says_what_to_install(lab, tmp_path, monkeypatch):
 
 
 def test_what_fails_in_an_actor_ends_the_run_in_one_line(lab, tmp_path, monkeypatch):
-    """The data are gone when the actors look for them; a start that fails leaves nothing behind."""
+    """The data are gone when the one actor looks for them; a start that fails leaves nothing behind."""
     data = shutil.copy(lab.data, tmp_path / "data.csv")
 
     def build(*args):
@@ -47,5 +48,5 @@ def test_what_fails_in_an_actor_ends_the_run_in_one_line(lab, tmp_path, monkeypa
 
     monkeypatch.setattr(lifecycle, "build", build)
     with pytest.raises(FedtriError, match=r"^client-0\d: .*data.csv.*no such file"):
-        finished(lab, tmp_path / "run", data=str(data), transport="flower-sim")
+        finished(lab, tmp_path / "run", data=str(data), transport="flower-sim", simulation__client_cpus=os.cpu_count())
     assert not (tmp_path / "run").exists()

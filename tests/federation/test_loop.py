@@ -198,7 +198,7 @@ def test_what_a_client_trains_with_is_its_own_and_what_it_was_sent(lab, tmp_path
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_a_number_type_on_the_wire_is_a_setting(dtype, lab, tmp_path):
-    built = lab.federation(tmp_path, method="ce_lora", head="personal", wire__dtype=dtype, rounds=1)
+    built = lab.federation(tmp_path, method="ce_lora", head="personal", wire__up=dtype, rounds=1)
     line = list(rounds(built))[-1].line
     numbers = len(built.spec.layout.layers) * 3 * 3 * (4 if dtype == "float32" else 2)
     up = line["bytes"]["up"]

@@ -1,7 +1,6 @@
 """A method outside the package, as CONTRIBUTING.md tells a stranger: the page's own files are run here."""
 
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from fedtri.methods import lookup
 from fedtri.report import page, reading
 from fedtri.runs import compare, lifecycle
 from fedtri.testing import laws
+from processes import fork
 from tiny import DEFAULTS, Lab
 
 CONTRIBUTING = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text()
@@ -59,8 +59,13 @@ def test_the_page_s_own_test_passes_and_a_broken_method_is_told_which_law(folder
 
 
 def pytest_says(folder: Path, *options: str) -> str:
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *options]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False).stdout
+    """What pytest prints, run in a process that has this one's libraries loaded but not the folder's modules."""
+    for name in ("my_method", "test_my_method"):
+        sys.modules.pop(name, None)
+    run = lambda: sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "--rootdir=.", *options]))  # noqa: E731
+    child = fork(folder / "said", run)
+    child.wait(280)
+    return child.output.read_text()
 
 
 def test_an_installed_package_is_found_and_looked_for_once(folder, tmp_path, monkeypatch):

@@ -32,7 +32,7 @@ def write(
     settings = {
         "method": method, "model": "minilm", "data": "docstrings", "partition": "dirichlet:0.3", "clients": clients,
         "rounds": rounds, "steps": 15, "batch_size": 16, "learning_rate": 5e-3, "rank": 8, "lora_alpha": 16.0,
-        "head": "personal", "seed": seed, "evaluate": True, "out": str(folder), "wire": {"dtype": "float32"},
+        "head": "personal", "seed": seed, "evaluate": True, "out": str(folder), "wire": {"up": "float32"},
     } | config  # fmt: skip
     (folder / "config.toml").write_text(tomli_w.dumps(settings))
     (folder / "method.json").write_text(json.dumps(METHODS[method]().described()))
@@ -99,5 +99,7 @@ def _summary(rng: np.random.Generator, method: str, names: list[str], lines: lis
     return {
         "method": method, "rounds": len(lines), "clients": len(names), "accuracy": lines[-1]["accuracy"],
         "accuracy_local": lines[-1]["accuracy_local"], "guess": 0.5, "labels": LABELS, "client_table": table,
-        "bytes": {"payload_up_per_client_round": 4 * COST[method]},
+        "bytes": {
+            "payload_up_per_client_round": 4 * COST[method], "numbers_up_per_client_round": COST[method],
+        },
     }  # fmt: skip

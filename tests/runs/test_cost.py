@@ -32,7 +32,7 @@ def test_it_is_what_a_run_sends_as_payload(lab, tmp_path, monkeypatch, method):
     messages = []
     encode = framing.encode
     monkeypatch.setattr(framing, "encode", lambda message, *args: messages.append(message) or encode(message, *args))
-    settings = {"rank": 4, "method": method} | NEEDS.get(method, {})
+    settings = {"rank": 4, "method": method, "clients": 2, "steps": 1} | NEEDS.get(method, {})
     built = lab.federation(tmp_path, **settings)
     list(rounds(built, rounds=2))
     clients = len(built.transport.clients())

@@ -38,7 +38,7 @@ def test_a_client_may_be_called_pooled(method, lab, tmp_path):
 def test_no_clients_tensors_are_anothers(lab, tmp_path):
     """Ditto keeps a second model of a beside its own. Seen to fail with that kept as "a.personal"."""
     names = ["a", "a.personal", "a.lost"]
-    values = {"method": "ditto", "wire__dtype": "int8", **named(tmp_path, names)}
+    values = {"method": "ditto", "wire__up": "int8", **named(tmp_path, names)}
     built = lab.federation(tmp_path / "clients", **values)
     list(rounds(built))
     own = clients_tensors(built)

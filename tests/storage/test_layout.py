@@ -87,5 +87,5 @@ def test_a_run_of_the_first_version_is_refused(read, old):
 
 def test_a_checkpoint_of_the_first_version_is_refused(old):
     """Not taken for a damaged one, for which the one before it would do."""
-    with pytest.raises(FedtriError, match=r"^\S*00001\.json: the checkpoint has layout 1, expected 2: another version"):
+    with pytest.raises(FedtriError, match=r"^\S*00001\.json: the checkpoint has layout 1, expected 3: another version"):
         checkpoint.load(old / "checkpoints", old / "clients")

@@ -63,6 +63,30 @@ def initial_factors(
     return factors | dict(head)
 
 
+def derived_factors(
+    layout: Layout, rank: int, *, seed: int, basis: Basis, core: bool, given: bool
+) -> dict[Key, Tensor]:
+    """What a client of this rank starts from, as far as both ends derive it from the seed alone. W starts at 0.
+
+    That is neither a head, which the model has, nor what is made of the model's weights, of the clients' gradients or
+    of a PEFT adapter.
+
+    Args:
+        layout: The client's tensors.
+        rank: The client's rank.
+        seed: The run's seed.
+        basis: Where A comes from.
+        core: Whether B comes from there too.
+        given: Whether A and B are those of a PEFT adapter.
+    """
+    drawn = basis in ("kaiming", "orthonormal")
+    factors = initial_factors(layout, {}, rank=rank, seed=seed, basis=basis if drawn else "kaiming", core=core)
+    if "W" in layout.extra:
+        factors |= {Key(layer.name, "W"): torch.zeros(layer.d_out, layer.d_in) for layer in layout.layers}
+    known = frozenset("" if given or (core and not drawn) else "AB" if drawn else "B")
+    return {key: value for key, value in factors.items() if key.factor not in "AB" or key.factor in known}
+
+
 def _basis(
     layer: Layer, rank: int, seed: int, basis: Basis, weight: Weight | None
 ) -> tuple[Float[Tensor, "rank d_in"], Float[Tensor, "d_out rank"]]:

@@ -54,24 +54,36 @@ def cost(
     labels: Annotated[int | None, typer.Option(help="Classes of the head; by default the model's own.")] = None,
     clients: Annotated[int, typer.Option(help="Clients in a round.", min=1)] = 1,
     rounds: Annotated[int, typer.Option(help="Rounds of the run.", min=1)] = 2,
-    dtype: Annotated[str, typer.Option(help="The number type on the wire.")] = "float32",
+    up: Annotated[str, typer.Option(help="The number type in which clients send.")] = "float32",
+    down: Annotated[str, typer.Option(help="The number type in which they are sent what came of it.")] = "float32",
+    basis: Annotated[str, typer.Option(help="The number type of what travels once.")] = "float32",
     out: Annotated[Path | None, typer.Option(help="Also write the table here: NAME.json or NAME.csv.")] = None,
 ) -> None:
     """Say what each method sends per client and round for a model, without its weights."""
     prepare()
+    from fedtri.communication.compression import Types
     from fedtri.runs import cost as costing
 
     found = costing.costs(
-        model, task=task, rank=rank, targets=targets, labels=labels, clients=clients, rounds=rounds, dtype=dtype
+        model,
+        task=task,
+        rank=rank,
+        targets=targets,
+        labels=labels,
+        clients=clients,
+        rounds=rounds,
+        wire=Types(up, down, basis),
     )
     whole = max(one.up + one.down for one in found)
-    table = Table("method", "numbers up", "down", "bytes up", "down", "all bytes", "of full", box=box.SIMPLE_HEAD)
+    table = Table(
+        "method", "numbers up", "down", "bytes up", "down", "once", "all bytes", "of full", box=box.SIMPLE_HEAD
+    )
     for one in found:
-        counts = (one.up, one.down, one.up_bytes, one.down_bytes, one.total_bytes)
+        counts = (one.up, one.down, one.up_bytes, one.down_bytes, one.once_bytes, one.total_bytes)
         share = (one.up + one.down) / whole
         table.add_row(one.method, *(f"{value:,.0f}" for value in counts), f"{share:.3%}")
     wide().print(table)
-    say(f"per client and round; all bytes: {clients} clients, {rounds} rounds, both ways, tensors alone")
+    say(f"per client and round; once: a basis, both ways; all bytes: {clients} clients, {rounds} rounds, tensors alone")
     if out is not None:
         costing.write(out, found)
         say(f"wrote {out}")

@@ -15,7 +15,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.common.constant import ErrorCode
 
 from fedtri.communication.codec import Codec
-from fedtri.communication.flower_calls import BODY, FAILED, PREFIX, STAGE, Grid
+from fedtri.communication.flower_calls import BEHIND, BODY, FAILED, PREFIX, STAGE, Grid
 from fedtri.config import Network
 from fedtri.errors import FedtriError
 from fedtri.messages import Answer, Failure, Request
@@ -146,6 +146,8 @@ class FlowerTransport:
         outcome: list[Answer | Failure] = [self._failure(client, "answered twice", refused=True) for _ in more]
         try:
             return [self._read(first, pending), *outcome]
+        except _BehindError as behind:
+            return [self._failure(client, str(behind), behind=True, retries=pending.retries), *outcome]
         except _LateError as late:
             return [self._failure(client, str(late), retries=pending.retries), *outcome]
         except _ClientError as failed:
@@ -160,7 +162,8 @@ class FlowerTransport:
     def _read(self, message: Message, pending: _Pending) -> Answer:
         """The answer in a reply.
 
-        Raises FedtriError where it cannot be used, _ClientError where the client failed, _LateError where it is gone.
+        Raises FedtriError where it cannot be used, _ClientError where the client failed, _LateError where it is gone,
+        _BehindError where it has lost what it was sent.
         """
         if message.has_error():
             if message.error.code in (ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE):
@@ -169,7 +172,9 @@ class FlowerTransport:
                 raise _LateError("went offline")
             raise _ClientError(f"failed with Flower's error {message.error.code}; the reason is in the site's own log")
         record = message.content.config_records.get(BODY) or {}
-        if isinstance(stage := record.get(FAILED), str) and STAGE.fullmatch(stage):
+        if (stage := record.get(FAILED)) == BEHIND:
+            raise _BehindError("has lost what it was sent before, and is sent all it needs")
+        if isinstance(stage, str) and STAGE.fullmatch(stage):
             raise _ClientError(f"failed while {stage}; the reason is in the site's own log")
         if not isinstance(body := record.get(BODY), bytes):
             raise FedtriError("wire: the reply holds no buffer")
@@ -178,15 +183,22 @@ class FlowerTransport:
         reply = self.codec.read_reply(body, pending.request)
         self.examples[reply.client] = reply.num_examples
         spent = time.monotonic() - pending.sent
-        return Answer(reply, len(body), len(pending.body), spent, pending.retries)
+        held = self.codec.held(pending.request)
+        return Answer(reply, len(body), len(pending.body), spent, pending.retries, held)
 
-    def _failure(self, client: str, why: str, *, refused: bool = False, retries: int = 0) -> Failure:
+    def _failure(
+        self, client: str, why: str, *, refused: bool = False, behind: bool = False, retries: int = 0
+    ) -> Failure:
         LOG.warning("fedtri: %s: %s%s", client, "refused: " if refused else "", why)
-        return Failure(client, f"{client}: {why}", refused, retries)
+        return Failure(client, f"{client}: {why}", refused, retries, behind)
 
 
 class _LateError(Exception):
     """A client that can no longer answer in this phase."""
+
+
+class _BehindError(Exception):
+    """A client that says it no longer has what the request builds on."""
 
 
 class _ClientError(Exception):

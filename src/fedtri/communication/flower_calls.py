@@ -13,12 +13,16 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-__all__ = ["BODY", "FAILED", "PREFIX", "STAGE", "Called", "Grid", "SiteError", "called", "client_app", "server_app"]
+__all__ = [
+    "BEHIND", "BODY", "FAILED", "PREFIX", "STAGE", "Called", "Grid", "SiteError", "called", "client_app", "server_app",
+]  # fmt: skip
 
 LOG = logging.getLogger("flwr")
 PREFIX = struct.Struct("<8sB")
 """Of a task: the run's number and the length of the client's name, which follows; then the buffer."""
 BODY, FAILED = "b", "failed"
+BEHIND = "lacking what was sent before"
+"""The stage of a site that has lost what the request builds on."""
 STAGE = re.compile(r"[A-Za-z ]{1,80}")
 
 

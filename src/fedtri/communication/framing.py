@@ -1,4 +1,4 @@
-"""One message to one packed buffer and back: a fixed header, runs of equal shapes, small JSON, a sketch, the numbers.
+"""One message to one packed buffer and back: a fixed header, runs of like tensors, small JSON, a sketch, the numbers.
 
 No tensor's name travels: both ends derive the order of tensors from the same Layout, whose digest stands in the
 header. The reader checks everything against the shapes it expects before it allocates, and never unpickles.
@@ -9,9 +9,12 @@ import json
 import math
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import groupby
+from typing import NamedTuple
+
+from torch import Tensor
 
 from fedtri.adapters.layout import FACTORS, Factors, Key, Layout, key_name
 from fedtri.communication.numbers import BY_CODE, NUMBERS
@@ -20,17 +23,30 @@ from fedtri.metrics import PHASES, Phase
 
 MAGIC, VERSION = b"FT", 1
 HEADER = struct.Struct(
-    "<2sBBBI8sIIIQ8s"
-)  # magic, version, phase, dtype, round, layout digest, examples, meta, sketch, numbers, digest of it all
+    "<2sBBI8s8sIIIQ8s"
+)  # magic, version, phase, round, layout digest, base digest, examples, meta, sketch, numbers, digest of it all
+RUN = struct.Struct("<IIBB")
+"""Of tensors that follow each other in the layout and are alike: first, how many, way, dimensions; then the shape."""
+DELTA = 0x80
+"""In a run's way: the numbers are a difference. The other bits are the number type's code."""
+NOTHING = bytes(8)
+"""The digest of a client that is sent all it needs."""
 Shapes = Mapping[Key, tuple[int, ...]]
 MOST_META = 4096
 """The most bytes that a message's metrics may take, since a parser's memory is many times its input."""
 METRIC = re.compile(r"[a-z][a-z0-9_]{0,31}")
 
 
+class Way(NamedTuple):
+    """How one tensor is written: in which number type, and whether as the difference to what its reader has."""
+
+    numbers: str = "float32"
+    delta: bool = False
+
+
 @dataclass(frozen=True)
 class Message:
-    """What one buffer says. A request uses phase, round and factors alone."""
+    """What one buffer says. A request uses phase, round, factors, ways and base alone."""
 
     phase: Phase
     round: int
@@ -38,36 +54,42 @@ class Message:
     num_examples: int = 0
     metrics: Mapping[str, float] = field(default_factory=dict)
     sketch: bytes = b""
+    ways: Mapping[Key, Way] = field(default_factory=dict)
+    """How each tensor is written."""
+    base: bytes = NOTHING
+    """Of a request: 8 bytes that stand for what its client should hold already."""
 
 
 def encode(message: Message, layout: Layout, dtype: str = "float32", seal: bytes = b"") -> bytes:
-    """One buffer: 49 bytes of header, 13 to 17 for each run of equal shapes, the metrics as JSON, the numbers.
+    """One buffer: 52 bytes of header, 14 to 18 for each run of like tensors, the metrics as JSON, the numbers.
 
     Args:
         message: What to say.
         layout: The client's tensors, which gives their order.
-        dtype: The number type, one of NUMBERS.
+        dtype: The number type of a tensor for which `message.ways` names none.
         seal: Stands for what else both ends must agree on (configuration, run, client); part of the header's digest.
 
     Raises:
-        FedtriError: For a tensor that is not in the layout.
+        FedtriError: For a tensor that is not in the layout, or that does not hold floating-point numbers.
     """
-    number = NUMBERS[dtype]
     order = layout.keys(frozenset(FACTORS))
     positions = {key: i for i, key in enumerate(order)}
     if unknown := set(message.factors) - set(positions):
         raise FedtriError(f"wire: {key_name(min(unknown))} is not in the layout of this model")
     present = sorted(positions[key] for key in message.factors)
-    runs = bytearray()
-    shapes = [(i, tuple(message.factors[order[i]].shape)) for i in present]
-    for (_, shape), group in groupby(enumerate(shapes), key=lambda item: (item[1][0] - item[0], item[1][1])):
-        members = [i for _, (i, _) in group]
-        runs += struct.pack(f"<IIB{len(shape)}I", members[0], len(members), len(shape), *shape)
-    numbers = b"".join(number.pack(message.factors[order[i]].detach().cpu()) for i in present)
+    runs, numbers = bytearray(), bytearray()
+    alike = [(i, tuple(message.factors[order[i]].shape), message.ways.get(order[i], Way(dtype))) for i in present]
+    for (_, shape, way), group in groupby(enumerate(alike), key=lambda item: (item[1][0] - item[0], *item[1][1:])):
+        members = [i for _, (i, *_) in group]
+        number = NUMBERS[way.numbers]
+        code = number.code | (DELTA if way.delta else 0)
+        runs += RUN.pack(members[0], len(members), code, len(shape)) + struct.pack(f"<{len(shape)}I", *shape)
+        for key in (order[i] for i in members):
+            numbers += number.pack(_floating(key, message.factors[key]))
     meta = _metrics(message.metrics)
-    body = struct.pack("<I", len(runs)) + bytes(runs) + meta + message.sketch + numbers
+    body = struct.pack("<I", len(runs)) + bytes(runs) + meta + message.sketch + bytes(numbers)
     fields = (
-        MAGIC, VERSION, PHASES.index(message.phase), number.code, message.round, _digest(layout, seal),
+        MAGIC, VERSION, PHASES.index(message.phase), message.round, _digest(layout, seal), message.base,
         message.num_examples, len(meta), len(message.sketch), len(numbers),
     )  # fmt: skip
     check = hashlib.blake2b(HEADER.pack(*fields, b"\0" * 8) + body, digest_size=8).digest()
@@ -75,7 +97,7 @@ def encode(message: Message, layout: Layout, dtype: str = "float32", seal: bytes
 
 
 def decode(data: bytes, layout: Layout, shapes: Shapes, seal: bytes = b"", limit: int | None = None) -> Message:
-    """The message in a buffer. Half precision and int8 come back as float32.
+    """The message in a buffer. All number types but float64 come back as float32.
 
     Args:
         data: The buffer, as it came.
@@ -92,7 +114,8 @@ def decode(data: bytes, layout: Layout, shapes: Shapes, seal: bytes = b"", limit
         raise FedtriError(f"wire: expected at most {limit} bytes, got {len(data)}")
     if len(data) < HEADER.size + 4:
         raise FedtriError(f"wire: expected at least {HEADER.size + 4} bytes, got {len(data)}")
-    magic, version, phase, code, round_, digest, examples, n_meta, n_sketch, n_numbers, check = HEADER.unpack_from(data)
+    fields = HEADER.unpack_from(data)
+    magic, version, phase, round_, digest, base, examples, n_meta, n_sketch, n_numbers, check = fields
     if magic != MAGIC or version != VERSION:
         raise FedtriError(f"wire: expected a fedtri buffer of version {VERSION}, got {magic!r} version {version}")
     (n_runs,) = struct.unpack_from("<I", data, HEADER.size)
@@ -110,28 +133,34 @@ def decode(data: bytes, layout: Layout, shapes: Shapes, seal: bytes = b"", limit
         raise FedtriError(f"wire: the buffer is of another {among}; give both ends the same configuration")
     if phase >= len(PHASES):
         raise FedtriError(f"wire: unknown phase {phase}")
-    if (number := BY_CODE.get(code)) is None:
-        raise FedtriError(f"wire: unknown number type {code}")
     at = 4
     present = _read_runs(body[at : at + n_runs], layout, shapes)
     metrics = _read_metrics(bytes(body[at + n_runs : at + n_runs + n_meta]))
     at += n_runs + n_meta
     sketch = bytes(body[at : at + n_sketch])
     numbers = body[at + n_sketch :]
-    if sum(number.size(math.prod(shape)) for shape in present.values()) != len(numbers):
+    sizes = {key: NUMBERS[way.numbers].size(math.prod(shapes[key])) for key, way in present.items()}
+    if sum(sizes.values()) != len(numbers):
         raise FedtriError(f"wire: the tensors announced do not fill the {len(numbers)} bytes of numbers")
     factors, at = {}, 0
-    for key, shape in present.items():
-        size = number.size(math.prod(shape))
-        factors[key] = number.unpack(numbers[at : at + size]).reshape(shape)
-        at += size
-    return Message(PHASES[phase], round_, factors, examples, metrics, sketch)
+    for key, way in present.items():
+        part, shape = numbers[at : at + sizes[key]], shapes[key]
+        factors[key] = NUMBERS[way.numbers].unpack(part, math.prod(shape)).reshape(shape)
+        at += sizes[key]
+    return Message(PHASES[phase], round_, factors, examples, metrics, sketch, present, base)
 
 
-def most_bytes(shapes: Shapes, dtype: str = "float32", sketch: int = 0) -> int:
-    """The longest buffer that a message with these tensors, any metrics and a sketch of so many bytes can be."""
-    numbers = sum(NUMBERS[dtype].size(math.prod(shape)) for shape in shapes.values())
-    runs = sum(9 + 4 * len(shape) for shape in shapes.values())
+def most_bytes(shapes: Shapes, dtypes: Iterable[str] = ("float32",), sketch: int = 0) -> int:
+    """The longest buffer that a message with these tensors can be.
+
+    Args:
+        shapes: The tensors' shapes.
+        dtypes: The number types in which they may be written.
+        sketch: The most bytes of a sketch.
+    """
+    types = [NUMBERS[name] for name in dtypes]
+    numbers = sum(max(one.size(math.prod(shape)) for one in types) for shape in shapes.values())
+    runs = sum(RUN.size + 4 * len(shape) for shape in shapes.values())
     return HEADER.size + 4 + runs + MOST_META + sketch + numbers
 
 
@@ -142,7 +171,7 @@ def phase_and_round(data: bytes) -> tuple[Phase, int]:
     """
     if len(data) < HEADER.size:
         raise FedtriError(f"wire: expected at least {HEADER.size + 4} bytes, got {len(data)}")
-    _, _, phase, _, round_, *_ = HEADER.unpack_from(data)
+    _, _, phase, round_, *_ = HEADER.unpack_from(data)
     if phase >= len(PHASES):
         raise FedtriError(f"wire: unknown phase {phase}")
     return PHASES[phase], round_
@@ -152,17 +181,29 @@ def _digest(layout: Layout, seal: bytes) -> bytes:
     return hashlib.blake2b(repr(layout).encode() + seal, digest_size=8).digest()
 
 
-def _read_runs(runs: memoryview, layout: Layout, shapes: Shapes) -> dict[Key, tuple[int, ...]]:
+def _floating(key: Key, value: Tensor) -> Tensor:
+    if not value.is_floating_point():
+        raise FedtriError(
+            f"wire: {key.factor} of {key.layer} holds {str(value.dtype).removeprefix('torch.')} numbers, expected "
+            "floating-point ones; keep it at home, or train it in float32"
+        )
+    return value.detach().cpu()
+
+
+def _read_runs(runs: memoryview, layout: Layout, shapes: Shapes) -> dict[Key, Way]:
+    """The tensors that are in the buffer, in order, each with how it is written."""
     order = layout.keys(frozenset(FACTORS))
-    present: dict[Key, tuple[int, ...]] = {}
+    present: dict[Key, Way] = {}
     at, previous = 0, -1
     while at < len(runs):
-        if len(runs) - at < 9:
+        if len(runs) - at < RUN.size:
             raise FedtriError("wire: a run of tensors is cut short")
-        first, count, dims = struct.unpack_from("<IIB", runs, at)
-        at += 9
+        first, count, code, dims = RUN.unpack_from(runs, at)
+        at += RUN.size
         if len(runs) - at < 4 * dims or first <= previous or first + count > len(order) or count == 0:
             raise FedtriError("wire: a run of tensors is out of order or points outside the layout")
+        if (number := BY_CODE.get(code & ~DELTA)) is None:
+            raise FedtriError(f"wire: unknown number type {code & ~DELTA}")
         shape = struct.unpack_from(f"<{dims}I", runs, at)
         at += 4 * dims
         for key in order[first : first + count]:
@@ -170,7 +211,7 @@ def _read_runs(runs: memoryview, layout: Layout, shapes: Shapes) -> dict[Key, tu
                 raise FedtriError(
                     f"wire: {key_name(key)} has shape {shape}, expected {shapes.get(key, 'that it does not travel')}"
                 )
-            present[key] = shape
+            present[key] = Way(number.name, bool(code & DELTA))
         previous = first + count - 1
     return present
 

@@ -31,18 +31,15 @@ class LocalTransport:
 
     def serve(self, clients: Sequence[str], sent: Sequence[bytes]) -> list[bytes]:
         """The clients' half: the bytes of their replies to the bytes of requests, which are of one phase and round."""
-        requests = [self.codec.read_request(data, client) for client, data in zip(clients, sent, strict=True)]
-        replies = client_update(self.site, requests) if requests else []
         store = self.site.store
-        return [
-            self.codec.write_reply(reply, request.phase, store)
-            for reply, request in zip(replies, requests, strict=True)
-        ]
+        requests = [self.codec.read_request(data, client, store) for client, data in zip(clients, sent, strict=True)]
+        replies = client_update(self.site, requests) if requests else []
+        return [self.codec.write_reply(reply, request, store) for reply, request in zip(replies, requests, strict=True)]
 
     def read(self, request: Request, down: bytes, up: bytes) -> Answer | Failure:
         """The server's half: what it makes of a reply's bytes."""
         try:
-            return Answer(self.codec.read_reply(up, request), len(up), len(down))
+            return Answer(self.codec.read_reply(up, request), len(up), len(down), held=self.codec.held(request))
         except FedtriError as error:
             LOG.warning("%s: refused: %s", request.client, error)
             return Failure(request.client, f"{request.client}: {error}", refused=True)

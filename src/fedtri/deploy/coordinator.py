@@ -137,6 +137,7 @@ def _finish(config: Config, spec: Spec, run: Opened, examples: Mapping[str, int]
     clients = {name: {"train": examples.get(name)} for name in spec.clients}
     said = summary(
         config, run.lines, method=spec.method.described(), payload=spec.payload_bytes(spec.clients[0]),
+        numbers=spec.payload_numbers(spec.clients[0]),
         clients=clients, labels=spec.labels,
     )  # fmt: skip
     atomic.write_json(run.folder / "summary.json", said)

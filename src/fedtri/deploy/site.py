@@ -13,7 +13,9 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError
 
 from fedtri import atomic
-from fedtri.communication.flower_calls import Called, SiteError
+from fedtri.communication.codec import ONCE
+from fedtri.communication.flower_calls import BEHIND, Called, SiteError
+from fedtri.communication.memory import BehindError
 from fedtri.config import ClientName, Columns, Config, Strict
 from fedtri.config.strict import complaint
 from fedtri.deploy import examples
@@ -132,19 +134,24 @@ def respond(opened: Opened, call: Called) -> bytes:
     """The reply's buffer of an open site. Raises SiteError that names the stage."""
     name, codec = opened.node.client, opened.spec.codec.for_run(call.run)
     with stage("reading the request"):
-        request = codec.read_request(call.data, name)
+        said = codec.open_request(call.data, name)
         journal = Journal(Path(opened.node.state) / "runs" / call.run.hex())
+        when = moment(said.phase, said.round)
+        store = opened.site.store if said.phase in ONCE else journal.before(when)
+        try:
+            request = codec.read_request(said, name, store)
+        except BehindError as behind:
+            LOG.warning("fedtri: %s", behind)
+            raise SiteError(BEHIND) from behind
     LOG.info("fedtri: %s: %s, round %d", name, request.phase, request.round + 1)
     with stage(f"at work on {request.phase}"):
         if request.phase == "basis":  # it changes nothing that the client keeps
             (reply,) = client.client_update(opened.site, [request])
-            return codec.write_reply(reply, request.phase, opened.site.store)
+            return codec.write_reply(reply, request, store)
         if request.phase == "sketch":
-            return codec.write_reply(_sketched(opened, request), request.phase, opened.site.store)
-        when = moment(request.phase, request.round)
-        store = journal.before(when)
+            return codec.write_reply(_sketched(opened, request), request, store)
         (reply,) = client.client_update(replace(opened.site, store=store), [request])
-        data = codec.write_reply(reply, request.phase, store)
+        data = codec.write_reply(reply, request, store)
         journal.commit(when, store)
     return data
 

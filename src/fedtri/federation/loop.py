@@ -1,4 +1,7 @@
-"""The round loop: a basis before the first round, where the method wants one; sketch newcomers, train, aggregate, deliver and evaluate; it yields a line and a state a round."""
+"""The round loop: sketch newcomers, train, aggregate, deliver and evaluate; it yields a line and a state a round.
+
+Before the first round all clients are asked for their gradients, where the method's basis is made of them.
+"""
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -77,12 +80,12 @@ def run(
         chosen = server.sample(clients, schedule.fraction, state.round, schedule.seed)
         answers = list[Answer]()
         if server.wants_basis(method, state):
-            answers = _ask(method, state, clients, "basis", record)
+            state, answers = _ask(method, state, clients, "basis", record)
             if len(answers) >= schedule.quorum:
                 state = server.based(method, state, [answer.reply for answer in answers])
         if not server.wants_basis(method, state):
             state = _welcomed(method, state, chosen, record)
-            answers = _ask(method, state, _trainees(method, state, chosen), "train", record)
+            state, answers = _ask(method, state, _trainees(method, state, chosen), "train", record)
         if len(answers) < schedule.quorum:
             missed += 1
             if missed >= schedule.attempts:
@@ -97,31 +100,40 @@ def run(
         record.seconds["aggregate"] += time.perf_counter() - began
         last, evaluated = state.round >= schedule.rounds, list[Answer]()
         if schedule.evaluate or last:
-            evaluated = _ask(method, state, clients if last else chosen, "evaluate", record)
+            state, evaluated = _ask(method, state, clients if last else chosen, "evaluate", record)
             state = _delivered(state, evaluated)
         line = record.line(chosen, trained, evaluated, state) | lossless
         if not last and _enough([*lines, line], schedule.patience) and len(chosen) < len(clients):
-            others = _ask(method, state, sorted(set(clients) - set(chosen)), "evaluate", record)
+            state, others = _ask(method, state, sorted(set(clients) - set(chosen)), "evaluate", record)
             state = _delivered(state, others)
             line = record.line(chosen, trained, evaluated + others, state) | lossless
         lines.append(line)
         yield Progress(state.round, line, state, last or _enough(lines, schedule.patience))
 
 
-def _ask(method: Method, state: ServerState, clients: Sequence[str], phase: Phase, record: Record) -> list[Answer]:
-    return record.ask(server.requests(method, state, clients, state.round, phase), phase)
+def _ask(
+    method: Method, state: ServerState, clients: Sequence[str], phase: Phase, record: Record
+) -> tuple[ServerState, list[Answer]]:
+    """The answers to one phase; a client that has lost what it was sent is asked again, with all that it needs."""
+    answers = record.ask(server.requests(method, state, clients, state.round, phase), phase)
+    if behind := record.behind:
+        state = server.forgotten(state, behind)
+        answers += record.ask(server.requests(method, state, behind, state.round, phase), phase)
+    return state, sorted(answers, key=lambda answer: answer.reply.client)
 
 
 def _delivered(state: ServerState, answers: Sequence[Answer]) -> ServerState:
     """The state after these clients were sent what was theirs."""
-    return server.delivered(state, [answer.reply.client for answer in answers])
+    held = {answer.reply.client: answer.held for answer in answers if answer.held is not None}
+    return server.delivered(state, [answer.reply.client for answer in answers], held)
 
 
 def _welcomed(method: Method, state: ServerState, chosen: Sequence[str], record: Record) -> ServerState:
     """The state with the sketches of those who take part for the first time, where the method wants sketches."""
     if method.welcome is None or not (new := [client for client in chosen if client not in state.sketches]):
         return state
-    return server.sketched(method, state, [answer.reply for answer in _ask(method, state, new, "sketch", record)])
+    state, answers = _ask(method, state, new, "sketch", record)
+    return server.sketched(method, state, [answer.reply for answer in answers])
 
 
 def _trainees(method: Method, state: ServerState, chosen: Sequence[str]) -> Sequence[str]:

@@ -42,6 +42,8 @@ class Record:
     failed: dict[str, str] = field(default_factory=dict)
     refused: list[str] = field(default_factory=list)
     retries: dict[str, int] = field(default_factory=dict)
+    behind: list[str] = field(default_factory=list)
+    """Who answered the last phase that it has lost what it was sent, and is to be asked again."""
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
 
     def ask(self, requests: Sequence[Request], phase: Phase) -> list[Answer]:
@@ -53,8 +55,13 @@ class Record:
         answers = [one for one in found if isinstance(one, Answer)]
         for answer in answers:
             self._answered(answer, phase)
+        before, self.behind = self.behind, []
         for failure in (one for one in found if isinstance(one, Failure)):
-            self._failed(failure)
+            if failure.behind and failure.client not in before:
+                self.behind.append(failure.client)
+                self._asked_again(failure.client, 1)
+            else:
+                self._failed(failure)
         return sorted(answers, key=lambda answer: answer.reply.client)
 
     def shortage(self, usable: int, quorum: int) -> str:

@@ -1,6 +1,6 @@
 """The server's half of a round: each client's own request, and one step from its replies to the next state."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -8,7 +8,7 @@ import torch
 
 from fedtri.adapters.layout import Factors, Key, Layout, only
 from fedtri.aggregation import bases, means, pairs
-from fedtri.messages import Reply, Request
+from fedtri.messages import Held, Reply, Request
 from fedtri.method import Method
 from fedtri.metrics import Phase
 from fedtri.seeds import derive
@@ -23,6 +23,14 @@ class Expectation:
     scales: Scales
     norm_bound: float = 1e4
     """The largest Frobenius norm a tensor of a reply may have."""
+    gradient_factors: int = 4
+    """How many leading factors of its gradient a client sends for a basis, at most its rank."""
+
+    @property
+    def of_gradients(self) -> "Expectation":
+        """The same for what clients send of their gradients: B (d_out, factors) and A (factors, d_in)."""
+        ranks = {client: min(rank, self.gradient_factors) for client, rank in self.scales.ranks.items()}
+        return replace(self, scales=replace(self.scales, ranks=ranks))
 
     def shapes(self, client: str, kinds: frozenset[str]) -> dict[Key, tuple[int, ...]]:
         """The shapes of the tensors of these factors that this client has."""
@@ -44,23 +52,46 @@ def round_half_up(value: float) -> int:
 
 def requests(method: Method, state: ServerState, clients: Sequence[str], round: int, phase: Phase) -> list[Request]:
     """A request a client, carrying what changed for it since it was last sent anything."""
-    down = [{} if phase in ("basis", "sketch") else downlink(method, state, client) for client in clients]
-    return [Request(phase, round, client, own) for client, own in zip(clients, down, strict=True)]
+    if phase in ("basis", "sketch"):
+        return [Request(phase, round, client, {}) for client in clients]
+    up = method.plan(round).up if phase == "train" else frozenset[str]()
+    return [
+        Request(
+            phase, round, client, downlink(method, state, client), state.held.get(client),
+            only(values(state, client), up),
+        )
+        for client in clients
+    ]  # fmt: skip
+
+
+def values(state: ServerState, client: str) -> Factors:
+    """The shared tensors, overridden by the client's personal ones, at its rank: all that it may be sent."""
+    return pairs.cut({**state.shared, **state.personal.get(client, {})}, state.scales.ranks.get(client))
 
 
 def downlink(method: Method, state: ServerState, client: str) -> Factors:
     """What a client does not have yet of the shared tensors, overridden by its personal ones."""
     have = state.deliveries.sent.get(client, -1)
-    down = {key: state.shared[key] for key, changed in state.deliveries.shared.items() if changed > have}
+    new = {key for key, changed in state.deliveries.shared.items() if changed > have}
     if state.deliveries.personal.get(client, have) > have:
-        down |= state.personal[client]
-    return pairs.cut(only(down, method.plan(state.round).down), state.scales.ranks.get(client))
+        new |= state.personal[client].keys()
+    down = {key: value for key, value in values(state, client).items() if key in new}
+    return only(down, method.plan(state.round).down)
 
 
-def delivered(state: ServerState, clients: Sequence[str]) -> ServerState:
-    """The state after these clients were sent what was theirs."""
+def delivered(state: ServerState, clients: Sequence[str], held: Mapping[str, Held] | None = None) -> ServerState:
+    """The state after these clients were sent what was theirs; `held` says what some of them have of it."""
     sent = {**state.deliveries.sent, **dict.fromkeys(clients, state.round)}
-    return state.with_(deliveries=replace(state.deliveries, sent=sent))
+    return state.with_(deliveries=replace(state.deliveries, sent=sent), held={**state.held, **(held or {})})
+
+
+def forgotten(state: ServerState, clients: Sequence[str]) -> ServerState:
+    """The state in which these clients, who lost what they were sent, have been sent nothing."""
+    sent, held = (
+        {client: value for client, value in table.items() if client not in clients}
+        for table in (state.deliveries.sent, state.held)
+    )
+    return state.with_(deliveries=replace(state.deliveries, sent=sent), held=held)
 
 
 def wants_basis(method: Method, state: ServerState) -> bool:
@@ -72,7 +103,7 @@ def based(method: Method, state: ServerState, replies: Sequence[Reply]) -> Serve
     """The state with the basis that these replies' gradients give, in whatever order they came, as everyone's."""
     ordered = sorted(replies, key=lambda reply: reply.client)
     rank = max(state.scales.ranks.values())
-    return means.share(state, bases.pooled(ordered, method.adapter.basis_factors, rank))
+    return means.share(state, bases.pooled(ordered, method.adapter.from_basis, rank))
 
 
 def sketched(method: Method, state: ServerState, replies: Sequence[Reply]) -> ServerState:

@@ -113,7 +113,7 @@ def with_basis(method: Method, basis: str) -> Method:
 
     def plan(round: int) -> Plan:
         own = own_plan(round)
-        return replace(own, down=own.down | parts.basis_factors)
+        return replace(own, down=own.down | parts.from_basis)
 
     own_plan = method.plan
     return replace(method, plan=plan)

@@ -19,7 +19,6 @@ from fedtri.storage import run_directory
 
 WAYS = ("up", "down", "basis", "sketch")
 EXPECTED = ("loss", "accuracy", "accuracy_local", "bytes", "seconds")
-ITEM_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 
 COMPARISON = "compare.json"
 """The file that makes a folder a comparison; it holds the order of its runs."""
@@ -149,8 +148,7 @@ class Run:
     @property
     def parameters_up(self) -> float:
         """How many numbers a client sends a round; NaN where unknown."""
-        payload = number(_table(self.summary.get("bytes")).get("payload_up_per_client_round"))
-        return payload / ITEM_BYTES.get(str(_table(self.config.get("wire")).get("dtype", "float32")), 4)
+        return number(_table(self.summary.get("bytes")).get("numbers_up_per_client_round"))
 
     def matrices(self) -> dict[int, tuple[list[str], dict[str, np.ndarray]]]:
         """By round: the clients, and the square matrices between them ("data", "model", "weights")."""

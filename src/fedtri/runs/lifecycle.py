@@ -186,5 +186,6 @@ def summarise(federation: Federation, lines: Sequence[Mapping[str, Any]]) -> dic
     spec = federation.spec
     return summary(
         federation.config, lines, method=spec.method.described(), payload=spec.payload_bytes(spec.clients[0]),
+        numbers=spec.payload_numbers(spec.clients[0]),
         clients=federation.describe_clients(), labels=spec.labels, executor=federation.site.executor.describe(),
     )  # fmt: skip

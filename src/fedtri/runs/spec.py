@@ -5,6 +5,7 @@ two ends that have the same configuration cannot disagree. No weights are loaded
 configuration alone.
 """
 
+import functools
 import hashlib
 import json
 import math
@@ -17,11 +18,13 @@ from torch import nn
 from transformers import AutoConfig
 
 from fedtri import methods, tasks
+from fedtri.adapters.initial import derived_factors
 from fedtri.adapters.layer import Kind, shape_of
 from fedtri.adapters.layout import FACTORS, Layer, Layout
 from fedtri.aggregation import server_optimizers
 from fedtri.communication.codec import Codec, SketchSize
-from fedtri.communication.numbers import NUMBERS
+from fedtri.communication.compression import Types
+from fedtri.communication.numbers import MIXED, NUMBERS
 from fedtri.config import Config
 from fedtri.config.schema import ModelOptions, Wire
 from fedtri.errors import FedtriError
@@ -75,6 +78,8 @@ class Spec:
     """A PEFT adapter to start from."""
     basis_examples: int
     """From how many training examples a client computes its gradient for a basis, at most."""
+    gradient_factors: int
+    """How many leading factors of that gradient it sends, at most its rank."""
     fingerprint: bytes
     """8 bytes that differ where any setting differs that both ends must share."""
     method: Method = field(compare=False, repr=False)
@@ -99,13 +104,30 @@ class Spec:
     @property
     def codec(self) -> Codec:
         """How this federation's messages become bytes."""
-        expected = Expectation(self.layout, self.scales, self.wire.norm_bound)
-        return Codec(expected, self.method.plan, self.wire.dtype, self.sketch, self.fingerprint)
+        expected, wire = Expectation(self.layout, self.scales, self.wire.norm_bound, self.gradient_factors), self.wire
+        once = MIXED[wire.basis].name if wire.basis in MIXED else wire.basis
+        types, parts = Types(wire.up, wire.down, once), self.method.adapter
+        bases = parts.from_basis if parts.basis == "gradient" else frozenset[str]()
+        of_rank = functools.cache(functools.partial(
+            derived_factors, self.layout, seed=self.seed, basis=parts.basis, core=parts.core,
+            given=self.init_adapter is not None,
+        ))  # fmt: skip
+        return Codec(
+            expected, self.method.plan, types, self.sketch,
+            lambda client: of_rank(self.scales.ranks[client]), bases, self.fingerprint,
+        )  # fmt: skip
 
     def payload_bytes(self, client: str) -> int:
-        """The bytes of the numbers alone that this client sends in the first round."""
-        shapes, numbers = self.layout.shapes(self.scales.ranks[client]), NUMBERS[self.wire.dtype]
-        return sum(numbers.size(math.prod(shapes[key])) for key in self.layout.keys(self.method.plan(0).up))
+        """The bytes of the numbers alone that this client sends in a round after the first."""
+        return sum(map(NUMBERS[self.wire.up].size, self._sizes(client)))
+
+    def payload_numbers(self, client: str) -> int:
+        """How many numbers this client sends in the first round."""
+        return sum(self._sizes(client))
+
+    def _sizes(self, client: str) -> list[int]:
+        shapes = self.layout.shapes(self.scales.ranks[client])
+        return [math.prod(shapes[key]) for key in self.layout.keys(self.method.plan(0).up)]
 
 
 def spec_of(
@@ -165,6 +187,7 @@ def spec_of(
         fits_heads=config.head_start == "fit",
         init_adapter=config.init_adapter,
         basis_examples=config.basis_examples,
+        gradient_factors=config.basis_factors,
         fingerprint=fingerprint_of(config),
         method=method,
         recipe=recipe,

@@ -13,6 +13,7 @@ def summary(
     *,
     method: Mapping[str, Any],
     payload: int,
+    numbers: int,
     clients: Mapping[str, Mapping[str, object]],
     labels: Sequence[str],
     executor: str | None = None,
@@ -24,6 +25,7 @@ def summary(
         lines: The lines of rounds.jsonl.
         method: The method's name and paper, as `Method.described` gives them.
         payload: The bytes of the numbers alone that one client sends in a round.
+        numbers: How many numbers these are.
         clients: What is known of each client's data.
         labels: The names of the classes in the order of their ids.
         executor: Which executor trained the clients, and why no faster one; None: not known here, as on a server.
@@ -44,7 +46,7 @@ def summary(
         "test_loss": spread(LOSS, latest(lines, "test_loss")),
         "metrics": {name: values for line in lines for name, values in line.get("metrics", {}).items()},
         "guess": sum(guesses) / len(guesses) if guesses else None,
-        "bytes": _bytes(lines, payload),
+        "bytes": _bytes(lines, payload, numbers),
         "seconds": _seconds(lines),
         "labels": list(labels),
         "client_table": clients,
@@ -59,7 +61,7 @@ def latest(lines: Sequence[Mapping[str, Any]], name: str) -> dict[str, float]:
     return found
 
 
-def _bytes(lines: Sequence[Mapping[str, Any]], payload: int) -> dict[str, int]:
+def _bytes(lines: Sequence[Mapping[str, Any]], payload: int, numbers: int) -> dict[str, int]:
     # A client that was not drawn may still be scored, and is then sent all that it missed: no typical round.
     ups = [n for line in lines for n in line["bytes"]["up"].values()]
     downs = [n for line in lines for c, n in line["bytes"]["down"].items() if c in line["clients"]]
@@ -68,6 +70,7 @@ def _bytes(lines: Sequence[Mapping[str, Any]], payload: int) -> dict[str, int]:
         "up_per_client_round": round(sum(ups) / max(len(ups), 1)),
         "down_per_client_round": round(sum(downs) / max(len(downs), 1)),
         "payload_up_per_client_round": payload,
+        "numbers_up_per_client_round": numbers,
         "basis_per_client": round(sum(bases) / max(len(bases), 1)),
         "sketch_per_client": round(sum(sketches) / max(len(sketches), 1)),
         "total": sum(ups) + sum(n for line in lines for n in line["bytes"]["down"].values()) + sum(bases + sketches),

@@ -19,7 +19,7 @@ from torch import Tensor
 from fedtri import atomic
 from fedtri.adapters.layout import Key, key_name, parse_key
 from fedtri.errors import FedtriError
-from fedtri.messages import Sketch
+from fedtri.messages import Held, Sketch
 from fedtri.similarity import sketches
 from fedtri.state import Deliveries, ServerState, Similarity, Tree
 from fedtri.storage.client_store import ClientStore, Saved, read_checked
@@ -55,6 +55,7 @@ def save(folder: Path, state: ServerState, store: ClientStore, line: Mapping[str
             "sent": state.deliveries.sent,
         },
         "similar": state.similarity.clients if state.similarity else [],
+        "held": {client: held.rounds for client, held in state.held.items()},
         "sketches": list(state.sketches),
     }
     body = json.dumps({**manifest, "digest": _digest(manifest)})
@@ -126,6 +127,8 @@ def _tensors(state: ServerState) -> dict[str, Tensor]:
     tensors = {_place("shared", key_name(key)): value for key, value in state.shared.items()}
     for client, factors in state.personal.items():
         tensors |= {_place("personal", client, key_name(key)): value for key, value in factors.items()}
+    for client, held in state.held.items():
+        tensors |= {_place("held", client, key_name(key)): value for key, value in held.factors.items()}
     tensors |= {_place("own", *path): value for path, value in _leaves(state.own)}
     if state.similarity is not None:
         tensors |= {_place("similarity", name): matrix for name, matrix in state.similarity.matrices.items()}
@@ -152,6 +155,7 @@ def _leaves(tree: Tree, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str,
 def _state(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ServerState:
     shared: dict[Key, Tensor] = {}
     personal: dict[str, dict[Key, Tensor]] = {}
+    held: dict[str, dict[Key, Tensor]] = {}
     own: dict[str, Any] = {}
     matrices: dict[str, Tensor] = {}
     said: dict[str, Sketch] = {}
@@ -161,6 +165,8 @@ def _state(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Server
             shared[parse_key(path[0])] = value
         elif kind == "personal":
             personal.setdefault(path[0], {})[parse_key(path[1])] = value
+        elif kind == "held":
+            held.setdefault(path[0], {})[parse_key(path[1])] = value
         elif kind == "own":
             inner = own
             for name in path[:-1]:
@@ -180,6 +186,7 @@ def _state(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Server
             delivered["personal"],
             delivered["sent"],
         ),
+        held={client: Held(held.get(client, {}), rounds) for client, rounds in manifest["held"].items()},
         sketches={client: said[client] for client in manifest["sketches"]},
         own=own,
         similarity=Similarity(tuple(manifest["similar"]), matrices) if matrices else None,

@@ -57,6 +57,13 @@ class ClientStore:
         file = f"{client}/{tag}.safetensors"
         self.current[client] = Saved(file, atomic.write_bytes(self.folder / file, data))
 
+    def point(self, name: str, to: str) -> None:
+        """Let `name` be what is kept under `to` now, without writing it again; where nothing is, forget `name`."""
+        if to in self.current:
+            self.current[name] = self.current[to]
+        else:
+            self.current.pop(name, None)
+
     def prune(self, keep: set[str]) -> None:
         """Delete the files that are neither current nor in `keep`."""
         keep = keep | {saved.file for saved in self.current.values()}

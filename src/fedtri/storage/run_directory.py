@@ -18,7 +18,7 @@ from typing import Any
 from fedtri import atomic
 from fedtri.errors import FedtriError
 
-LAYOUT = 2
+LAYOUT = 3
 """The version of what run directories and checkpoints hold. Those of another version are refused."""
 PACKAGES = (
     "fedtri",

@@ -116,7 +116,8 @@ class World:
             on_step: Called after every local step.
             values: Further keys of the configuration.
         """
-        config = self.config(**({"wire": {"dtype": "float64"}} if double else {}), **values)
+        wire = {"wire": dict.fromkeys(("up", "down", "basis"), "float64")} if double else {}
+        config = self.config(**wire, **values)
         store = ClientStore(self.folder / name, found.clients if found else None)
         built = build(config, store, on_step, self.method)
         if double:
