@@ -34,13 +34,21 @@ def load(config: Config, client: str, cache: Path, recipe: Recipe, processor: An
     path = cache / f"{name}.npz"
     if recipe.kept is None:
         made = _made(config, recipe, processor)
-        return Found(made, _split(config, client, len(made.lengths)), path.with_suffix(".sketch"))
+        return Found(
+            made,
+            _split(config, client, len(made.lengths)),
+            path.with_suffix(f".{config.similarity.sketch_dims}.sketch"),
+        )
     if not path.exists():
         made = _made(config, recipe, processor)
         _write(path, {**flat(made, "examples."), **flat(_split(config, client, len(made.lengths)), "split.")})
     with np.load(path, allow_pickle=False) as file:
         arrays = {key: file[key] for key in file.files}
-    return Found(whole(recipe.kept, arrays, "examples."), whole(Split, arrays, "split."), path.with_suffix(".sketch"))
+    return Found(
+        whole(recipe.kept, arrays, "examples."),
+        whole(Split, arrays, "split."),
+        path.with_suffix(f".{config.similarity.sketch_dims}.sketch"),
+    )
 
 
 def digest(config: Config, client: str) -> str:
