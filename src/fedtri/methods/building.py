@@ -147,14 +147,16 @@ def scope(method: Method) -> str:
 def _with_averages(method: Method) -> Aggregate:
     """The method's aggregation of what is its own, and the mean of a head or magnitudes that travel.
 
-    Here clients get their weights: replies that count alike hold one example each.
+    A head that the method has shared itself stays as it is. Here clients get their weights: replies that count alike
+    hold one example each.
     """
 
     def aggregate(state: ServerState, replies: Sequence[Reply]) -> ServerState:
         up, replies = method.plan(state.round - 1).up, means.counted(replies, method.weights)
         if up - AVERAGED:
             state = method.aggregate(state, replies)
-        if averaged := up & AVERAGED:
+        shared = {key.factor for key, changed in state.deliveries.shared.items() if changed == state.round}
+        if averaged := up & AVERAGED - shared:
             state = means.share(state, means.mean(replies, averaged))
         return state
 
