@@ -7,7 +7,8 @@ from fedtri.methods import METHODS
 from tiny import NEEDS, Lab, clients_tensors, rounds
 
 PAIRS = [
-    (name, basis) for name, make in METHODS.items() for basis in make().adapter.bases if basis in ("gradient", "weights")
+    (name, basis) for name, make in METHODS.items() for basis in ("gradient", "weights")
+    if basis in make().adapter.bases
 ]  # fmt: skip
 OPTIONS = {"flexlora": {"align": True}, "flora_na": {"align": True}}
 """Rotated to what was shared before, which in the first round is A alone."""
