@@ -81,6 +81,16 @@ def test_what_is_imported_is_declared():
             assert declared & owned, f"{path}: {module} is not declared"
 
 
+def test_shapes_are_checked_in_every_file_that_has_some():
+    """By jaxtyping, in the tests. Of other files it would check what pyright checks, at twice the tests' time."""
+    options = tomllib.loads(PROJECT.read_text())["tool"]["pytest"]["ini_options"]["addopts"]
+    (given,) = re.findall(r"--jaxtyping-packages=(\S+)", options)
+    for path in FILES:
+        if any(is_of(module, ("jaxtyping",)) for module in imported(path)):
+            module = ".".join(["fedtri", *path.relative_to(ROOT).with_suffix("").parts])
+            assert any(f"{module}.".startswith(f"{one}.") for one in given.split(",")), module
+
+
 def test_the_report_imports_no_torch():
     for path in (ROOT / "report").rglob("*.py"):
         assert not any(is_of(module, ("torch", "transformers")) for module in imported(path)), path

@@ -27,7 +27,7 @@ SMALLEST = {
     "overheads": ["--quick"],
     "report_page": ["--quick", "--repeats", "1"],
     "network_bytes": [],
-    "gpu": ["--quick", "--device", "cpu"],
+    "gpu": ["--quick", "--device", "cpu", "--token-budget", "256"],
 }
 SAYS = {
     "aggregation": "| 768 | 10 | 8 |",

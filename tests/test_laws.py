@@ -31,8 +31,17 @@ EXECUTORS = "every executor gives a client the same result"
 RESUMED = "a run that is stopped and resumed equals one that never was"
 TRAVELS = "only the plan travels, and what is counted was encoded"
 MOVES = "every factor that learns moves, and no other"
+ALIVE = "no aggregation leaves a pair of A and B that cannot learn"
+BASED = [UPDATE, TRAVELS, ALIVE, EXECUTORS, RESUMED, EXPORT]
+"""The laws that a phase before the first round could break."""
 VARIANTS: list[tuple[str, Callable[[], Method], dict[str, Any], Sequence[str]]] = [
     ("ce_lora in a frozen basis", functools.partial(METHODS["ce_lora"], frozen=True), {}, list(BY_NAME)),
+    ("fed_sb in a gradient basis", METHODS["fed_sb"], {"basis": "gradient", "basis_factors": 2}, BASED),
+    ("ffa_lora in a gradient basis", METHODS["ffa_lora"], {"basis": "gradient"}, BASED),
+    ("fedit from a gradient basis", METHODS["fedit"], {"basis": "gradient"}, BASED),
+    ("ce_lora in a frozen gradient basis", functools.partial(METHODS["ce_lora"], frozen=True), {"basis": "gradient"},
+     BASED),
+    ("hetlora from the weights", METHODS["hetlora"], {"basis": "weights"}, [ALIVE, RESUMED]),
     ("ce_lora with a shared head", METHODS["ce_lora"], {"head": "shared"}, [UPDATE, MOVES, RESUMED]),
     ("fedit with personal heads", METHODS["fedit"], {"head": "personal"}, [UPDATE, MOVES, RESUMED]),
     ("fedit by DoRA", METHODS["fedit"], {"adapter": "dora"}, [UPDATE, MOVES, EXECUTORS, EXPORT]),
@@ -41,6 +50,10 @@ VARIANTS: list[tuple[str, Callable[[], Method], dict[str, Any], Sequence[str]]] 
       for name in NUMBERS),
     *((f"{name} in one bit", METHODS[name], {"wire": {"up": "sign", "down": "sign"}}, [RESUMED, TRAVELS])
       for name in ("ce_lora", "flora", "rolora", "gradient_core")),
+    ("ce_lora by cosine, shrunk", functools.partial(METHODS["ce_lora"], reference="cosine", mixing="shrunk"), {}, [
+        UPDATE, EXECUTORS, RESUMED]),
+    ("flexlora split as its authors do", functools.partial(METHODS["flexlora"], split="orthonormal"), {}, [
+        UPDATE, ALIVE, EXECUTORS]),
     ("flexlora aligned", functools.partial(METHODS["flexlora"], align=True), {}, [UPDATE, EXECUTORS]),
 ]  # fmt: skip
 
@@ -125,7 +138,7 @@ BROKEN: dict[str, tuple[Callable[[], Method], str]] = {
         lambda: method(draws_from_the_global_generator), "the order of replies changes nothing"),
     "adds to a reply": (lambda: method(adds_to_a_reply), "aggregation does not mutate its inputs"),
     "adds up": (lambda: method(adds_up), UPDATE),
-    "sends zeros": (lambda: method(sends_zeros), "no aggregation leaves a pair of A and B that cannot learn"),
+    "sends zeros": (lambda: method(sends_zeros), ALIVE),
     "forgets B": (lambda: method(local_update=forgets_b), MOVES),
     "changes what the plan freezes": (lambda: method(local_update=keeps_half_of_its_core), MOVES),
     "sets a core between A and B = 0": (lambda: method(plan=Plan.of("C")), MOVES),

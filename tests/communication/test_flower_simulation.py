@@ -1,5 +1,6 @@
 """Flower's simulation on Ray gives what one process gives, and says in one line what went wrong."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -37,7 +38,7 @@ def test_without_ray_one_line_says_what_to_install(lab, tmp_path, monkeypatch):
 
 
 def test_what_fails_in_an_actor_ends_the_run_in_one_line(lab, tmp_path, monkeypatch):
-    """The data are gone when the actors look for them; a start that fails leaves nothing behind."""
+    """The data are gone when the one actor looks for them; a start that fails leaves nothing behind."""
     data = shutil.copy(lab.data, tmp_path / "data.csv")
 
     def build(*args):
@@ -47,5 +48,5 @@ def test_what_fails_in_an_actor_ends_the_run_in_one_line(lab, tmp_path, monkeypa
 
     monkeypatch.setattr(lifecycle, "build", build)
     with pytest.raises(FedtriError, match=r"^client-0\d: .*data.csv.*no such file"):
-        finished(lab, tmp_path / "run", data=str(data), transport="flower-sim")
+        finished(lab, tmp_path / "run", data=str(data), transport="flower-sim", simulation__client_cpus=os.cpu_count())
     assert not (tmp_path / "run").exists()

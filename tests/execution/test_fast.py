@@ -68,7 +68,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("how", KINDS)
-@pytest.mark.parametrize("kind", ["bert", "mpnet", "llama", "gpt2"])
+@pytest.mark.parametrize("kind", ["bert", "llama", "gpt2"])
 def test_every_kind_of_adapter(kind, how):
     """On linear layers with and without bias, and on GPT-2's transposed ones. Seen to fail without DoRA's norm,
     with the second adapter's factors swapped, and with one client's W for all."""
@@ -130,8 +130,9 @@ def test_clients_with_heads_of_their_own_classes():
     agree(on, clients=clients, held=held)
 
 
-@pytest.mark.parametrize("kind", sorted(ARCHITECTURES))
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["exact", "bfloat16"])
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [*((kind, None) for kind in sorted(ARCHITECTURES)), ("bert", torch.bfloat16)]
+)
 def test_kept_states_change_nothing(kind, dtype, tmp_path):
     """From memory and from a file. Seen to fail with states of the wrong rows, and with layers below run once more."""
     on, held = adapted(kind, layers="last:1"), examples()
@@ -226,9 +227,18 @@ def test_ways_to_lay_texts_out_change_nothing(kind, task, way, monkeypatch):
     assert_same(run(fast, clients), plain, **TOLERANCE)
 
 
-@pytest.mark.parametrize("kind", ["bert", "llama"])
-@pytest.mark.parametrize("budget", [1, 30, 200])
-@pytest.mark.parametrize("group", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("kind", "budget", "group"),
+    [
+        ("bert", 1, 0),
+        ("bert", 30, 0),
+        ("bert", 200, 0),
+        ("bert", 30, 1),
+        ("bert", 200, 2),
+        ("llama", 30, 0),
+        ("llama", 1, 2),
+    ],
+)
 def test_group_size_and_token_budget_change_nothing(kind, budget, group):
     """Seen to fail with the mean over passes in place of the mean over the minibatch."""
     agree(adapted(kind), token_budget=budget, group=group)

@@ -74,22 +74,20 @@ def test_where_all_layers_are_adapted_nothing_is_kept():
     assert executor(adapted("bert"), examples=examples(), keeping=Keeping([np.arange(4)], 1 << 20)).kept is None
 
 
-@pytest.mark.parametrize("method", ["fedit", "ce_lora", "centralized"])
-def test_a_run_with_kept_states_is_the_run_without(method, lab, tmp_path):
+@pytest.mark.parametrize(("method", "double"), [("ce_lora", True), ("centralized", True), ("fedit", False)])
+def test_a_run_with_kept_states_is_the_run_without(method, double, lab, tmp_path):
     """Adapters and scores, in float64 and in the float32 it is for. Seen to fail with states of the wrong rows."""
-    for double, atol in ((True, 1e-9), (False, 1e-6)):
-        found = []
-        for budget in (1024, 0):
-            built = lab.federation(
-                tmp_path / f"{double}-{budget}", method=method, double=double, simulation__prefix_budget=budget, **UPPER
-            )
-            lines = [progress.line for progress in rounds(built)]
-            assert (built.site.executor.kept is not None) == (budget > 0)
-            found.append((clients_tensors(built), lines))
-        assert_same(found[0][0], found[1][0], atol=atol, rtol=0)
-        for line, other in zip(found[0][1], found[1][1], strict=True):
-            assert line["accuracy"] == other["accuracy"]
-            assert line["loss"] == pytest.approx(other["loss"], rel=1e-5)
+    found = []
+    for budget in (1024, 0):
+        more = {"method": method, "double": double, "simulation__prefix_budget": budget, **UPPER}
+        built = lab.federation(tmp_path / str(budget), **more)
+        lines = [progress.line for progress in rounds(built)]
+        assert (built.site.executor.kept is not None) == (budget > 0)
+        found.append((clients_tensors(built), lines))
+    assert_same(found[0][0], found[1][0], atol=1e-9 if double else 1e-6, rtol=0)
+    for line, other in zip(found[0][1], found[1][1], strict=True):
+        assert line["accuracy"] == other["accuracy"]
+        assert line["loss"] == pytest.approx(other["loss"], rel=1e-5)
 
 
 def test_a_resumed_run_keeps_the_same_states(lab, tmp_path):

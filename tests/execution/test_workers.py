@@ -2,11 +2,11 @@
 
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +15,7 @@ import torch
 from fedtri.errors import FedtriError
 from fedtri.execution import workers
 from fedtri.execution.workers import Worker, empty_shared, shared, side_by_side
+from processes import Child, fork
 
 FORKS = sys.platform == "linux"
 
@@ -116,27 +117,27 @@ def test_shared_memory_keeps_what_workers_write(two):
     assert own.tolist() == ([0, 0] if two == "processes" else [1, 1])
 
 
-ORPHANS = """
-import os, time, torch
-from fedtri.execution.workers import side_by_side
-torch.set_num_threads(2)
-def job(worker):
-    os.write(1, b"%d\\n" % os.getpid())
-    while not worker.stop():
-        time.sleep(0.01)
-    os.write(1, b"stopped\\n")
-try:
-    side_by_side([job, job])
-except KeyboardInterrupt:
-    print("interrupted", flush=True)
-"""
+def until_stopped() -> None:
+    """Two workers that say their ids and go on until they are told to stop."""
+
+    def job(worker: Worker) -> None:
+        os.write(1, b"%d\n" % os.getpid())
+        while not worker.stop():
+            time.sleep(0.01)
+        os.write(1, b"stopped\n")
+
+    torch.set_num_threads(2)
+    try:
+        side_by_side([job, job])
+    except KeyboardInterrupt:
+        print("interrupted", flush=True)
 
 
-def working() -> tuple[subprocess.Popen[str], list[int]]:
+def working(folder: Path) -> tuple[Child, list[int]]:
     """A process of two workers in a process group of its own, and their ids."""
-    run = subprocess.Popen([sys.executable, "-c", ORPHANS], stdout=subprocess.PIPE, text=True, start_new_session=True)
-    assert run.stdout is not None
-    return run, [int(run.stdout.readline()) for _ in range(2)]
+    run = fork(folder, until_stopped)
+    run.until(lambda: run.output.read_text().count("\n") == 2)
+    return run, [int(line) for line in run.output.read_text().splitlines()]
 
 
 def gone(pid: int) -> bool:
@@ -149,12 +150,11 @@ def gone(pid: int) -> bool:
 
 
 @pytest.mark.skipif(not FORKS, reason="processes are forked on Linux alone")
-def test_no_process_outlives_one_that_is_killed():
-    run, pids = working()
+def test_no_process_outlives_one_that_is_killed(tmp_path):
+    run, pids = working(tmp_path)
     assert run.pid not in pids
     assert not any(map(gone, pids))
     run.kill()
-    run.wait()
     until = time.monotonic() + 30
     while not all(map(gone, pids)):
         assert time.monotonic() < until, "they go on without it"
@@ -162,13 +162,12 @@ def test_no_process_outlives_one_that_is_killed():
 
 
 @pytest.mark.skipif(not FORKS, reason="processes are forked on Linux alone")
-def test_ctrl_c_reaches_the_caller_who_lets_the_processes_finish():
+def test_ctrl_c_reaches_the_caller_who_lets_the_processes_finish(tmp_path):
     """A terminal sends it to all of them."""
-    run, pids = working()
+    run, pids = working(tmp_path)
     os.killpg(run.pid, signal.SIGINT)
-    said, _ = run.communicate(timeout=60)
-    assert said.split() == ["stopped", "stopped", "interrupted"]
-    assert run.returncode == 0
+    assert run.wait(60) == 0, run.errors.read_text()
+    assert run.output.read_text().split()[2:] == ["stopped", "stopped", "interrupted"]
     assert all(map(gone, pids))
 
 

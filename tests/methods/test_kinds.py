@@ -51,7 +51,7 @@ def test_a_kind_starts_as_the_base_model(lab, tmp_path, kind):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("method", DEFINED)
 def test_the_methods_of_flora_nas_evaluation_run_with_it(lab, tmp_path, kind, method):
-    built = lab.federation(tmp_path, method=method, adapter=kind)
+    built = lab.federation(tmp_path, method=method, adapter=kind, clients=2, steps=1)
     state = list(rounds(built))[-1].state
     shares_b = "B" in built.method.plan(0).down
     assert any(key.factor == "M" for key in state.shared) == (kind == "dora" and shares_b)

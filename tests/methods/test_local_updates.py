@@ -1,12 +1,15 @@
 """Ditto and pFedMe keep a personal copy of the adapter at home; RAVAN and FLoRA start anew where they must."""
 
+import inspect
+
 import pytest
 import torch
 
 from fedtri.adapters.layout import Key
+from fedtri.errors import FedtriError
 from fedtri.federation import client, server
-from fedtri.messages import Request
-from fedtri.methods import build
+from fedtri.messages import Reply, Request
+from fedtri.methods import METHODS, build
 from fedtri.state import ServerState
 from fedtri.storage.client_store import beside
 from tiny import clients_tensors, rounds
@@ -62,8 +65,37 @@ def test_pfedme_sends_a_step_towards_the_personal_copy(lab, tmp_path):
             torch.testing.assert_close(value, expected, atol=1e-12, rtol=0)
 
 
+def test_the_pull_of_pfedme_is_that_of_its_authors():
+    """λ 15 and β 1 in their code; a λ of 0.1, as fedtri once had it, holds nothing. Four heads in RAVAN's paper."""
+    assert {name: option.default for name, option in inspect.signature(METHODS["pfedme"]).parameters.items()} == {
+        "lam": 15.0, "pull": 0.8, "beta": 1.0,
+    }  # fmt: skip
+    assert build("ravan").adapter.heads == 4
+
+
+def test_the_server_of_pfedme_goes_on_beyond_the_mean():
+    """(1 − β) shared + β mean, the head too: from 1 towards 4 with β = 2 is 7. The first round has nothing to mix."""
+
+    def said(value: float) -> Reply:
+        one = torch.full((1, 1), value, dtype=torch.float64)
+        return Reply("x", 0, {Key("w", "A"): one, Key("w", "B"): one, Key("h", "H"): one}, 1, {})
+
+    for beta, expected in ((1.0, 4.0), (2.0, 7.0), (0.5, 2.5)):
+        method = build("pfedme", {"beta": beta})
+        state = server.server_step(method, ServerState(), [said(1.0)])
+        assert {float(value) for value in state.shared.values()} == {1.0}
+        state = server.server_step(method, state, [said(4.0)])
+        assert {float(value) for value in state.shared.values()} == {expected}
+
+
+@pytest.mark.parametrize("rank", [6, 2])
+def test_a_rank_that_ravan_cannot_divide_is_refused_before_anything_runs(lab, tmp_path, rank):
+    with pytest.raises(FedtriError, match=rf"^rank: expected a multiple of method_options.heads \(4\), got {rank}$"):
+        lab.federation(tmp_path, method="ravan", rank=rank)
+
+
 def test_ravan_sends_its_scalars_inside_the_cores_and_starts_again_at_one(lab, tmp_path):
-    built = lab.federation(tmp_path, method="ravan", rank=4, double=True)
+    built = lab.federation(tmp_path, method="ravan", rank=4, double=True, method_options={"heads": 2})
     layer = built.site.executor.layout.layers[0].name
     C, S = Key(layer, "C"), Key(layer, "S")
     for name, reply in first_round(built).items():

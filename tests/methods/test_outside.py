@@ -1,7 +1,6 @@
 """A method outside the package, as CONTRIBUTING.md tells a stranger: the page's own files are run here."""
 
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from fedtri.methods import lookup
 from fedtri.report import page, reading
 from fedtri.runs import compare, lifecycle
 from fedtri.testing import laws
+from processes import fork
 from tiny import DEFAULTS, Lab
 
 CONTRIBUTING = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text()
@@ -59,8 +59,31 @@ def test_the_page_s_own_test_passes_and_a_broken_method_is_told_which_law(folder
 
 
 def pytest_says(folder: Path, *options: str) -> str:
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *options]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False).stdout
+    """What pytest prints, run in a process that has this one's libraries loaded but not the folder's modules."""
+    for name in ("my_method", "test_my_method"):
+        sys.modules.pop(name, None)
+    run = lambda: sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "--rootdir=.", *options]))  # noqa: E731
+    child = fork(folder / "said", run)
+    child.wait(280)
+    return child.output.read_text()
+
+
+def test_an_installed_package_is_found_and_looked_for_once(folder, tmp_path, monkeypatch):
+    """Where the path changes it is looked for again. Seen to fail without the cache, 0.1 s a name."""
+    about = tmp_path / "site" / "theirs-1.0.dist-info"
+    about.mkdir(parents=True)
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text("[fedtri.methods]\ntheir_method = my_method:mine\n")
+    assert "their_method" not in lookup.names()
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    monkeypatch.syspath_prepend(str(folder))
+    asked = []
+    look = lookup.entry_points
+    monkeypatch.setattr(lookup, "entry_points", lambda **which: asked.append(which) or look(**which))
+    assert lookup.names()[-1] == "their_method"
+    assert lookup.make("their_method").name == "mine"
+    assert lookup.find("fedit") is lookup.METHODS["fedit"]
+    assert len(asked) == 1
 
 
 @pytest.mark.parametrize("law", laws[:3], ids=str)

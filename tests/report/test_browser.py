@@ -6,13 +6,16 @@ Set FEDTRI_SHOTS=FOLDER to keep the screenshots at phone and desktop width, ligh
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from fedtri.report import page, reading
 from report import browsers, synthetic
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
+
 AT_LOAD = """addEventListener("load", () => {
   window.before = { library: "Plotly" in window, text: document.querySelector("main").innerText.length };
 }, { capture: true });"""
@@ -20,7 +23,10 @@ WIDTHS = {"phone": (390, 844), "desktop": (1280, 900)}
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator["playwright.Browser"]:
+def browser() -> Iterator["Browser"]:
+    playwright = pytest.importorskip(
+        "playwright.sync_api", reason="playwright is not installed: pip install playwright"
+    )
     if (program := browsers.program()) is None:
         pytest.skip(browsers.ABSENT)
     with playwright.sync_playwright() as started:
@@ -43,6 +49,21 @@ def pages(tmp_path_factory) -> dict[str, Path]:
     return {
         "run": page.write([reading.load(mixed)], folder / "run.html"),
         "comparison": page.write(few, folder / "comparison.html"),
+    }
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory) -> dict[str, Path]:
+    """The most the page is made for, 20 runs of 50 clients and 100 rounds, and one of them."""
+    folder = tmp_path_factory.mktemp("large")
+    runs = [
+        reading.load(synthetic.write(folder / f"{method}-{seed}", method, seed=seed, clients=50, rounds=100))
+        for method in ("local", "fedit", "flora_na", "ce_lora")
+        for seed in range(5)
+    ]
+    return {
+        "large": page.write(runs, folder / "large.html"),
+        "large-run": page.write(runs[-1:], folder / "large-run.html"),
     }
 
 
@@ -86,9 +107,13 @@ def opened(browser, pages) -> Iterator:
         assert one.asked == []
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize(("name", "count"), [("run", 11), ("comparison", 6)])
+@pytest.mark.parametrize(
+    ("name", "count", "width", "scheme"),
+    [
+        ("run", 11, "phone", "light"), ("run", 11, "desktop", "dark"),
+        ("comparison", 6, "phone", "dark"), ("comparison", 6, "desktop", "light"),
+    ],
+)  # fmt: skip
 def test_every_figure_draws(opened, name, count, width, scheme):
     one = opened(name, width, scheme)
     assert one.draw_all() == count
@@ -190,11 +215,14 @@ def test_every_figure_has_words_and_a_table(opened):
         assert any(cell.text_content() not in ("–", "") for cell in cells)
 
 
+def test_large_pages_stay_small(large):
+    assert all(path.stat().st_size < 6e6 for path in large.values())
+
+
 @pytest.mark.parametrize("name", ["large", "large-run"])
 def test_a_large_page_can_be_read_before_its_figures_are_drawn(opened, pages, large, name):
     """What opens it in under 2 s (benchmarks/report_page.py): nothing long runs first, and what is not seen waits."""
     pages |= large
-    assert pages[name].stat().st_size < 6e6
     one = opened(name)
     run_first = "[...document.scripts].filter((s) => !s.type && s.id !== 'plotly').map((s) => s.text.length)"
     assert one.page.evaluate(run_first) == [len((Path(page.__file__).parent / "page.js").read_text())]

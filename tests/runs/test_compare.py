@@ -14,7 +14,9 @@ from tiny import DEFAULTS
 @pytest.fixture(scope="module")
 def config(lab, tmp_path_factory):
     path = tmp_path_factory.mktemp("compare") / "tiny.toml"
-    path.write_text(tomli_w.dumps(DEFAULTS | {"model": str(lab.model()), "data": str(lab.data)}))
+    path.write_text(
+        tomli_w.dumps(DEFAULTS | {"clients": 3, "steps": 1, "model": str(lab.model()), "data": str(lab.data)})
+    )
     return path
 
 

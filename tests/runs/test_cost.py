@@ -31,8 +31,8 @@ def test_by_hand(lab):
 def test_it_is_what_a_run_sends_as_payload(lab, tmp_path, monkeypatch, method):
     messages = []
     encode = framing.encode
-    monkeypatch.setattr(framing, "encode", lambda message, *args: messages.append(message) or encode(message, *args))
-    settings = {"rank": 4, "method": method} | NEEDS.get(method, {})
+    monkeypatch.setattr(framing, "encode", lambda message, *args, **named: messages.append(message) or encode(message, *args, **named))
+    settings = {"rank": 4, "method": method, "clients": 2, "steps": 1} | NEEDS.get(method, {})
     built = lab.federation(tmp_path, **settings)
     list(rounds(built, rounds=2))
     clients = len(built.transport.clients())

@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import partial
 
 import pytest
 from typer.testing import CliRunner
@@ -82,6 +83,14 @@ def test_the_harness_asks_the_clients_own_model(spoken, harness_tasks, monkeypat
     assert float(value[1]) in (0, 0.25, 0.5, 0.75, 1)
 
 
+@pytest.fixture
+def _no_other_tasks(monkeypatch):
+    """The harness reads the thousands of tasks that come with it each time it is asked, which takes ten seconds."""
+    given = pytest.importorskip("lm_eval.tasks").TaskManager
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", partial(given, include_defaults=False))
+
+
+@pytest.mark.usefixtures("_no_other_tasks")
 def test_generated_code_runs_only_where_the_harness_is_told_so(spoken, harness_tasks, monkeypatch):
     """Seen to fail with confirm_run_unsafe_code always true."""
     monkeypatch.delenv("HF_ALLOW_CODE_EVAL", raising=False)
@@ -92,6 +101,7 @@ def test_generated_code_runs_only_where_the_harness_is_told_so(spoken, harness_t
     assert found["runs_code"]
 
 
+@pytest.mark.usefixtures("_no_other_tasks")
 def test_what_the_harness_does_not_know_is_one_line(spoken):
     with pytest.raises(FedtriError, match="the harness has no task 'no_such_task'"):
         finished.evaluate_elsewhere(spoken, "client-00", ["no_such_task"])

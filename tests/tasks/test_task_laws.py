@@ -1,4 +1,4 @@
-"""Every method learns every task on tiny models, and the laws that a task could break hold for each task."""
+"""Every task is learned on tiny models, and the laws that a task could break hold for each task."""
 
 import math
 from typing import Any
@@ -9,7 +9,6 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
 from fedtri.execution.executor import Scoring
-from fedtri.methods import METHODS
 from fedtri.runs import finished, lifecycle, simulation
 from tiny import NEEDS, assert_same, clients_tensors, opened_again, rounds
 
@@ -20,14 +19,17 @@ FASTER = {"fed_sb": {"learning_rate": 5e-2, "steps": 15}}
 """Nine numbers a layer are all that learns here."""
 
 
-@pytest.mark.parametrize("kind", LANGUAGE)
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_learns_to_answer(method, kind, lab, tmp_path):
+LEARNS = [("llama", method) for method in ("fedit", "ce_lora", "ravan", "full", "ditto", "centralized", "fed_sb")]
+"""No method sees the task: they stand for what clients hold and how they train."""
+
+
+@pytest.mark.parametrize(("kind", "method"), [*LEARNS, ("qwen2", "fedit"), ("gpt2", "ce_lora")])
+def test_methods_learn_to_answer(method, kind, lab, tmp_path):
     learns(lab.federation(tmp_path, of="language", kind=kind, method=method, **needed(method)))
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_learns_to_tag(method, lab, tmp_path):
+@pytest.mark.parametrize("method", ["fedit", "ce_lora", "full", "ditto"])
+def test_methods_learn_to_tag(method, lab, tmp_path):
     learns(lab.federation(tmp_path, of="tagging", method=method, **needed(method)))
 
 
@@ -55,7 +57,9 @@ def start(built: simulation.Federation) -> float:
 
 
 CLOSELY = [
-    *(("language", {"kind": kind, "method": method}) for kind in LANGUAGE for method in ("fedit", "ce_lora")),
+    ("language", {"kind": "llama", "method": "fedit"}),
+    ("language", {"kind": "qwen2", "method": "ce_lora"}),
+    ("language", {"kind": "gpt2", "method": "fedit"}),
     ("language", {"kind": "llama", "model_options__gradient_checkpointing": True}),
     ("tagging", {"method": "ce_lora"}),
 ]

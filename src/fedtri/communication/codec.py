@@ -153,7 +153,8 @@ class Codec:
         phase, client = request.phase, request.client
         up = self._up(request)
         room = sketches.most_bytes(self.sketch.classes, self.sketch.features) if phase == "sketch" else 0
-        said = self._read(data, client, up, room)
+        expected = self.expected.of_gradients if phase == "basis" else self.expected
+        said = replace(self, expected=expected)._read(data, client, up, room)
         if (said.round, said.phase) != (request.round, phase):
             raise FedtriError(
                 f"wire: the reply is to {said.phase} of round {said.round + 1}, "
@@ -165,7 +166,7 @@ class Codec:
         ours = {**request.values, **request.down}
         values = values_of(said.factors, said.ways, {**self._has(client, None), **self.traffic.follows(ours)})
         reply = Reply(client, said.round, values, said.num_examples, said.metrics, found)
-        if phase in ("basis", "train") and (why := refuse(reply, up, self.expected)):
+        if phase in ("basis", "train") and (why := refuse(reply, up, expected)):
             raise FedtriError(why.removeprefix(f"{client}: "))
         return reply
 

@@ -1,9 +1,10 @@
 """Number types on the wire: how the numbers of one tensor become bytes and back.
 
-Each type is one entry of NUMBERS. float64, float32, float16 and bfloat16 are written as they are. int8 and int4 are
+Each type is one entry of NUMBERS. float64, float32, float16 and bfloat16 are written as they are. int8 is
 round(x / s), sign is sign(x), which stands for m · sign(x); the tensor's one scale s or m is sent as float32 before the
-numbers. int8: s = max|x| / 127. int4: s = c · max|x| / 7 with the c of CLIPPED that has the least squared error, two
-numbers a byte. sign: m = mean|x|, which has the least squared error (arXiv:1802.04434), eight numbers a byte.
+numbers. int8: s = max|x| / 127. sign: m = mean|x|, which has the least squared error (arXiv:1802.04434), eight numbers
+a byte. int4: round(x / s), two numbers a byte, with a scale s in bfloat16 for each BLOCK of numbers, as a few numbers
+of a basis are many times as large as the rest. s = c · max|x| / 7 with the c of CLIPPED of the least squared error.
 """
 
 import math
@@ -15,11 +16,14 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import pad
 
 from fedtri.adapters.layout import Factors
 from fedtri.errors import FedtriError
 
 SCALE = struct.Struct("<f")
+BLOCK = 64
+"""Numbers that share a scale in int4: 4.25 bits a number."""
 CLIPPED = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
 """int4 may cut the largest numbers off, so that all others are rounded less."""
 
@@ -110,28 +114,45 @@ def _steps(flat: Float[Tensor, "n"], scale: float, most: int) -> np.ndarray:
     return steps.to(torch.int8).numpy()
 
 
-def _int4_scale(flat: Float[Tensor, "n"]) -> float:
-    """The scale with the least squared error, of a few that cut the largest numbers off."""
-    largest = float(flat.abs().amax()) / 7
-    if largest == 0 or not math.isfinite(largest):
-        return largest
-    scales = [cut * largest for cut in CLIPPED]
-    errors = [float(((flat / s).round().clamp(-7, 7) * s - flat).double().square().sum()) for s in scales]
-    return scales[errors.index(min(errors))]
+def _int4_size(count: int) -> int:
+    return 2 * -(-count // BLOCK) + -(-count // 2)
 
 
-def _write_int4(flat: Float[Tensor, "n"], scale: float) -> bytes:
-    steps = _steps(flat, scale, 7).view(np.uint8) & 15
-    pairs = np.pad(steps, (0, len(steps) % 2)).reshape(-1, 2)
-    return (pairs[:, 0] | pairs[:, 1] << 4).astype(np.uint8).tobytes()
+def _pack_int4(tensor: Tensor) -> bytes:
+    flat = tensor.contiguous().flatten()
+    if not bool((flat.abs() < torch.finfo(torch.bfloat16).max).all()):  # a diverged client says so: all is NaN
+        flat = torch.full_like(flat, math.nan)
+    blocks = pad(flat, (0, -flat.numel() % BLOCK)).view(-1, BLOCK)
+    scales = _int4_scales(blocks)
+    steps = torch.where(scales > 0, blocks / scales, 0.0).round().clamp(-7, 7).to(torch.int8).flatten()[: flat.numel()]
+    codes = np.pad(steps.numpy().view(np.uint8) & 15, (0, flat.numel() % 2)).reshape(-1, 2)
+    packed = (codes[:, 0] | codes[:, 1] << 4).astype(np.uint8).tobytes()
+    return scales.flatten().to(torch.bfloat16).view(torch.uint8).numpy().tobytes() + packed
 
 
-def _read_int4(data: np.ndarray, count: int) -> np.ndarray:
-    steps = np.stack([data & 15, data >> 4], 1).flatten()
-    _require_empty(steps[count:], "int4")
-    if (steps == 8).any():
+def _int4_scales(blocks: Float[Tensor, "m block"]) -> Float[Tensor, "m 1"]:
+    """The scale with the least squared error of each block, of a few that cut the largest numbers off."""
+    largest = blocks.abs().amax(1, keepdim=True) / 7
+    scales = torch.stack([(cut * largest).to(torch.bfloat16).to(blocks) for cut in CLIPPED])
+    rounded = (blocks / scales).round().clamp(-7, 7) * scales
+    errors = (rounded - blocks).double().square().sum(-1, keepdim=True)
+    return scales.gather(0, errors.nan_to_num(math.inf).argmin(0, keepdim=True))[0]
+
+
+def _unpack_int4(data: memoryview, count: int) -> Float[Tensor, "count"]:
+    blocks = -(-count // BLOCK)
+    if not count:
+        return torch.empty(0)
+    scales = torch.frombuffer(bytearray(data[: 2 * blocks]), dtype=torch.bfloat16).float()
+    if bool((scales < 0).any() or scales.isinf().any()):
+        raise FedtriError("wire: a scale of type int4 is negative or infinite: the sender is not fedtri")
+    packed = np.frombuffer(data[2 * blocks :], np.uint8)
+    codes = np.stack([packed & 15, packed >> 4], 1).flatten()
+    _require_empty(codes[count:], "int4")
+    if (codes == 8).any():
         raise FedtriError("wire: a number of type int4 is -8, expected -7 to 7: the sender is not fedtri")
-    return ((steps[:count] ^ 8).astype(np.int8) - 8).astype(np.int8)
+    steps = ((codes[:count] ^ 8).astype(np.int8) - 8).astype(np.float32)
+    return torch.from_numpy(steps) * scales.repeat_interleave(BLOCK)[:count]
 
 
 def _write_signs(flat: Float[Tensor, "n"], scale: float) -> bytes:
@@ -159,7 +180,7 @@ NUMBERS = {
         _float("bfloat16", 2, torch.bfloat16),
         _float("float64", 3, torch.float64),
         _scaled("int8", 4, 8, lambda flat: float(flat.abs().amax()) / 127, _INT8),
-        _scaled("int4", 5, 4, _int4_scale, Codes(_write_int4, _read_int4)),
+        NumberType("int4", 5, _int4_size, _pack_int4, _unpack_int4, lossy=True),
         _scaled("sign", 6, 1, lambda flat: float(flat.abs().double().mean()), Codes(_write_signs, _read_signs)),
     )
 }

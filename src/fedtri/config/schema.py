@@ -186,6 +186,7 @@ class Config(Strict):
     adapter: Literal["lora", "dora", "hira"] = "lora"
     basis: Literal["default", "kaiming", "orthonormal", "gradient", "weights"] = "default"
     basis_examples: PositiveInt = 64
+    basis_factors: PositiveInt = 4
     lora_alpha: Annotated[float, Field(gt=0)] = 16.0
     targets: str | Annotated[list[str], Field(min_length=1)] = "auto"
     layers: Annotated[str, Field(pattern=r"^(all|last:[1-9]\d*)$")] = "all"
@@ -231,9 +232,11 @@ def load(path: str | Path | None = None, settings: Sequence[str] = (), **flags: 
     Raises FedtriError naming the file, the key, what was expected and what was found.
     """
     values = {} if path is None else read(path)
+    where = "config" if path is None else str(path)
     given = {f"--{key}": (key, value) for key, value in flags.items() if value is not None}
     given |= {f"--set {key}": (key, value) for key, value in map(parse_setting, settings)}
     asked = dict(given.values())
+    values = for_method(values, str(asked.get("method", values.get("method", ""))), where)
     if {"steps", "epochs"} <= set(asked):
         raise FedtriError("--set steps, --set epochs: both are given, expected one of them; leave the other out")
     # what is asked for replaces what the file says of the same matter
@@ -244,9 +247,32 @@ def load(path: str | Path | None = None, settings: Sequence[str] = (), **flags: 
         values.pop(replaced[key], None)
     for origin, (key, value) in given.items():
         _put(values, key, value, origin)
-    return validated(
-        values, "config" if path is None else str(path), {key: origin for origin, (key, _) in given.items()}
-    )
+    return validated(values, where, {key: origin for origin, (key, _) in given.items()})
+
+
+def for_method(values: Mapping[str, Any], method: str, where: str) -> dict[str, Any]:
+    """A file's values with those of its table [methods.METHOD] over them, and without the tables of other methods.
+
+    Raises FedtriError where one of these tables, whosever it is, does not fit into a configuration.
+    """
+    tables, values = values.get("methods", {}), {key: value for key, value in values.items() if key != "methods"}
+    if not isinstance(tables, dict) or not all(isinstance(own, dict) for own in tables.values()):
+        raise FedtriError(f"{where}: methods: expected a table for each method, such as [methods.fed_sb]")
+    for name, own in tables.items():
+        validated(_over(values, own), f"{where} [methods.{name}]")
+    return _over(values, tables.get(method.rpartition(":")[2], {}))
+
+
+def _over(values: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """`own` over `values`, tables key by key; steps take the place of epochs, and the other way round."""
+    kept = dict(values)
+    for key, other in (("steps", "epochs"), ("epochs", "steps")):
+        if key in own:
+            kept.pop(other, None)
+    for key, value in own.items():
+        both = isinstance(value, dict) and isinstance(kept.get(key), dict)
+        kept[key] = _over(kept[key], value) if both else value
+    return kept
 
 
 def read(path: str | Path) -> dict[str, Any]:

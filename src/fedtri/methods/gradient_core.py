@@ -15,10 +15,10 @@ PAPER = Paper("Gradient core (ours)")
 
 def gradient_core() -> Method:
     """Learns C and H; sends and receives C, whose mean is exact; H stays home. A and B come down once."""
-    plan = Plan.of(train="CH", up="C", down="C")
+    plan = Plan.of(train="CH", up="C", down="ABC")
 
     def aggregate(state: ServerState, replies: Sequence[Reply]) -> ServerState:
         return means.share(state, means.mean(replies, frozenset("C")))
 
-    adapter = AdapterSpec(basis="gradient", core=True)
+    adapter = AdapterSpec(basis="gradient", core=True, learning_rates={"C": 0.02})
     return Method("gradient_core", PAPER, lambda _: plan, aggregate, adapter=adapter, averages=True)

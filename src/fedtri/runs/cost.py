@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from fedtri.communication.codec import GRADIENT
 from fedtri.communication.compression import FLOAT32, Types
 from fedtri.communication.numbers import NUMBERS
 from fedtri.config import validated
@@ -21,13 +22,15 @@ from fedtri.tasks import build as build_task
 
 @dataclass(frozen=True)
 class Cost:
-    """A method's traffic: numbers and bytes of one client in one round, on average, and the bytes of the whole run."""
+    """A method's traffic: numbers and bytes of one client in one round, on average; the bytes that one client sends and
+    receives once for a basis from gradients; the bytes of the whole run, all clients and both ways."""
 
     method: str
     up: float
     down: float
     up_bytes: float
     down_bytes: float
+    once_bytes: int
     total_bytes: int
 
 
@@ -73,11 +76,22 @@ def costs(
         given = {"model": model, "task": task, "method": name, "rank": rank, "targets": chosen}
         spec = spec_of(validated(given | {"wire": asdict(wire)}), ["client"], names, plain)
         (up, up_bytes), (down, down_bytes) = _sent(spec, rounds)
+        once = sum(map(NUMBERS[spec.wire.basis].size, _once(spec)))
         found.append(Cost(
-            name, up / rounds, down / rounds, up_bytes / rounds, down_bytes / rounds,
-            (up_bytes + down_bytes) * clients,
+            name, up / rounds, down / rounds, up_bytes / rounds, down_bytes / rounds, once,
+            (up_bytes + down_bytes + once) * clients,
         ))  # fmt: skip
     return sorted(found, key=lambda cost: -cost.up - cost.down)
+
+
+def _once(spec: Spec) -> list[int]:
+    """The sizes of the tensors that travel before the first round: the client's gradient up, the basis down."""
+    parts = spec.method.adapter
+    if parts.basis != "gradient":
+        return []
+    own, few = (spec.layout.shapes(min(spec.largest_rank, most)) for most in (spec.largest_rank, spec.gradient_factors))
+    up = [few[key] for key in spec.layout.keys(GRADIENT)]
+    return [math.prod(shape) for shape in [*up, *(own[key] for key in spec.layout.keys(parts.from_basis))]]
 
 
 def _sent(spec: Spec, rounds: int) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -156,6 +156,7 @@ def open_site(
         label_count=spec.sketch.classes,
         classes=data.classes,
         basis_examples=spec.basis_examples,
+        gradient_factors=spec.gradient_factors,
         evaluate=spec.schedule.evaluate,
         fits_heads=spec.fits_heads,
         validate=spec.validates,
