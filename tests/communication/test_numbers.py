@@ -52,8 +52,8 @@ def test_int4_by_hand():
 
 
 def test_int4_cuts_a_number_off_where_all_others_gain():
-    """63 numbers of 1 and one of 10. In steps of 10/7 each 1 is 0.43 too large, a squared error of 11.6. With 0.8 · 10/7
-    each is 0.14 too large and the ten is read as 8: 1.3 + 4. Seen to fail with max|x| / 7 alone.
+    """63 numbers of 1 and one of 10. In steps of 10/7 each 1 is 0.43 too large, a squared error of 11.6. With
+    0.8 · 10/7 each is 0.14 too large and the ten is read as 8: 1.3 + 4. Seen to fail with max|x| / 7 alone.
     """
     value = torch.ones(64)
     value[5] = 10.0
