@@ -121,6 +121,29 @@ def test_flora_starts_afresh_with_every_new_total(lab, tmp_path):
     assert not torch.equal(seen[0], seen[1]), "with the same A every round, W would live in its row space"
 
 
+def test_each_client_of_flora_draws_its_own_a(lab, tmp_path):
+    """With one A for all the total of a round would have the rank of one client: its row space is that of A.
+
+    Seen to fail with a draw for the round alone, and with the first round's A the same everywhere.
+    """
+    built = lab.federation(tmp_path, method="flora", rank=2, double=True)
+    for count, progress in enumerate(rounds(built), 1):
+        for layer in built.spec.layout.layers:
+            W = progress.state.shared[Key(layer.name, "W")]
+            expected = min(count * 4 * 2, *W.shape)
+            assert torch.linalg.matrix_rank(W, rtol=1e-12) == expected
+
+
+def test_what_flora_drew_it_keeps_until_it_has_trained(lab, tmp_path):
+    """A client that is asked to train twice in a round, because an answer was lost, starts from the same A."""
+    built = lab.federation(tmp_path, method="flora")
+    name = built.spec.clients[0]
+    one, two = (client.received(built.site, Request("train", 0, name, {})) for _ in range(2))
+    key = Key(built.spec.layout.layers[0].name, "A")
+    assert torch.equal(one[key], two[key])
+    assert not torch.equal(one[key], client.received(built.site, Request("train", 0, built.spec.clients[1], {}))[key])
+
+
 def test_rolora_sends_down_only_what_changed(lab, tmp_path):
     assert build("rolora").plan(0).up == frozenset("BH")
     built = lab.federation(tmp_path, method="rolora")

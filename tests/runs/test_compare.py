@@ -36,7 +36,7 @@ def test_a_comparison_from_beginning_to_end(config, tmp_path):
     rows = list(csv.DictReader((tmp_path / "out" / "table.csv").open()))
     assert list(rows[0]) == [
         "method", "data", "partition", "seeds", "accuracy_mean", "accuracy_std", "worst_mean", "best_mean",
-        "bytes_up_per_client_round", "bytes_total", "seconds",
+        "bytes_up_per_client_round", "bytes_per_client", "bytes_total", "seconds",
     ]  # fmt: skip
     assert [row["method"] for row in rows] == ["local", "fedit", "ce_lora"]
     assert {row["seeds"] for row in rows} == {"2"}

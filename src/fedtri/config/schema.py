@@ -167,7 +167,7 @@ class Network(Strict):
 
 
 class Config(Strict):
-    """A run. The defaults are those of the demo, except that the head travels or stays as each method's paper says."""
+    """A run. A file may also have tables [methods.NAME], whose settings hold for that method alone: see `load`."""
 
     model: str = "minilm"
     data: str = "docstrings"

@@ -147,7 +147,8 @@ def scope(method: Method) -> str:
 def _with_averages(method: Method) -> Aggregate:
     """The method's aggregation of what is its own, and the mean of a head or magnitudes that travel.
 
-    A head that the method has shared itself stays as it is. Here clients get their weights: replies that count alike hold one example each.
+    A head that the method has shared itself stays as it is. Here clients get their weights: replies that count alike
+    hold one example each.
     """
 
     def aggregate(state: ServerState, replies: Sequence[Reply]) -> ServerState:

@@ -18,7 +18,7 @@ from fedtri.report.reading import Run
 
 COLUMNS = (
     "method", "data", "partition", "seeds", "accuracy_mean", "accuracy_std", "worst_mean", "best_mean",
-    "bytes_up_per_client_round", "bytes_total", "seconds",
+    "bytes_up_per_client_round", "bytes_per_client", "bytes_total", "seconds",
 )  # fmt: skip
 NOT_SETTINGS = {"method", "seed", "out"}
 
@@ -29,7 +29,7 @@ class Group:
 
     method: str
     point: Mapping[str, Any]
-    """The settings in which the compared runs differ."""
+    """The settings in which the compared runs of one method differ."""
     runs: Mapping[int, Run]
 
     @property
@@ -57,6 +57,11 @@ class Group:
         known = _known(self.over_seeds(measure).values())
         return float(np.std(known, ddof=1)) if len(known) > 1 else math.nan
 
+    def half_interval(self) -> float:
+        """Half of the 95 % interval of the mean accuracy over seeds: t(0.975, n − 1) · std / √n; NaN for one seed."""
+        count = len(_known(self.over_seeds("mean").values()))
+        return float(stats.t.ppf(0.975, count - 1)) * self.std("mean") / math.sqrt(count) if count > 1 else math.nan
+
     def standard_error(self) -> float:
         """Of the mean accuracy over clients, in the first seed's run: std(clients) / √clients; NaN for one client."""
         scores = list(self.runs[min(self.runs)].latest("accuracy").values())
@@ -81,7 +86,7 @@ class Difference:
 
 
 def grouped(runs: Sequence[Run]) -> list[Group]:
-    """The runs by method and by the settings that differ among them, in the order given."""
+    """The runs by method and by the settings in which runs of one method differ, in the order given."""
     settings = [_flat(run.config) for run in runs]
     methods = [run.method for run in runs]
     names = sorted({key for own in settings for key in own})
@@ -141,6 +146,7 @@ def frame(groups: Sequence[Group], keys: Sequence[str] = ()) -> pd.DataFrame:
             "worst_mean": group.mean("worst"),
             "best_mean": group.mean("best"),
             "bytes_up_per_client_round": group.mean("bytes_up"),
+            "bytes_per_client": group.mean("bytes_per_client"),
             "bytes_total": group.mean("bytes_total"),
             "seconds": round(group.mean("seconds"), 3),
         }
@@ -154,34 +160,56 @@ def frame(groups: Sequence[Group], keys: Sequence[str] = ()) -> pd.DataFrame:
 
 def readable(groups: Sequence[Group], baseline: str | None = None) -> pd.DataFrame:
     """The table for people, with text in every cell; `caption` explains it."""
-    against = baselines(groups, baseline)
+    against, most = baselines(groups, baseline), dearest(groups)
     heading = f"less {_paper(groups, baseline)}"
     rows = []
     for group, other in zip(groups, against, strict=True):
-        spread = group.std("mean")
-        rows.append({
+        half = group.half_interval()
+        row = {
             "method": group.label,
             "seeds": str(len(group.runs)),
-            "accuracy": share(group.mean("mean")) + (f" ± {share(spread)}" if math.isfinite(spread) else ""),
-            "worst": share(group.mean("worst")),
-            "best": share(group.mean("best")),
+            "accuracy": share(group.mean("mean")) + (f" ± {share(half)}" if math.isfinite(half) else ""),
             heading: "baseline" if other is group else "–" if other is None else str(paired(group, other)),
-            "up": amount(group.mean("bytes_up")),
-            "down": amount(group.mean("bytes_down")),
-            "total": amount(group.mean("bytes_total")),
-            "time": duration(group.mean("seconds")),
-        })  # fmt: skip
+        }
+        if most is not None and most not in against:
+            row[f"less {most.label}"] = "–" if group is most else str(paired(group, most))
+        row |= {"worst": share(group.mean("worst")), "bytes a client": amount(group.mean("bytes_per_client"))}
+        if most is not None:
+            own = group.mean("bytes_per_client")
+            times = f"{most.mean('bytes_per_client') / own:.3g} times" if own > 0 else "–"
+            row[f"fewer than {most.label}"] = "–" if group is most else times
+        rows.append(row | {"time": duration(group.mean("seconds"))})
     return pd.DataFrame(rows)
+
+
+def dearest(groups: Sequence[Group]) -> Group | None:
+    """The group whose clients moved the most bytes, if it is at least twice as many as those of another."""
+    sizes = [group.mean("bytes_per_client") for group in groups]
+    known = _known(sizes)
+    return groups[sizes.index(max(known))] if known and max(known) >= 2 * min(known) else None
+
+
+def own_settings(groups: Sequence[Group]) -> str:
+    """In which settings methods differ from each other, a clause a method; empty where in none."""
+    flat = {group.paper: _flat(next(iter(group.runs.values())).config) for group in groups}
+    keys = sorted({key for own in flat.values() for key in own if not key.startswith("method_options.")})
+    points = {key for group in groups for key in group.point}
+    differ = [key for key in keys if len({str(own.get(key)) for own in flat.values()}) > 1 and key not in points]
+    said = [f"{paper}: " + ", ".join(f"{key} {own.get(key)}" for key in differ) for paper, own in flat.items()]
+    return f"Settings that differ: {'; '.join(said)}." if differ else ""
 
 
 def caption(groups: Sequence[Group], baseline: str | None = None) -> str:
     """What the numbers of `readable` are, and what can be concluded from them."""
     other = _paper(groups, baseline)
     text = (
-        "Accuracy on each client's own test examples: mean over clients (± standard deviation over seeds), worst and "
-        f"best client. Less {other}: the difference in percentage points, paired by seed, with its 95 % interval "
-        "where there are two seeds or more. Up and down: bytes per client and round. Total: all bytes of all clients."
+        "Accuracy on each client's own test examples: mean over clients (± half of its 95 % interval over seeds), and "
+        f"the worst client. Less {other}: the difference in percentage points, paired by seed, with its 95 % interval "
+        "where there are two seeds or more. Bytes a client: all it sent and received in the whole run, bases and "
+        "sketches too."
     )
+    if settings := own_settings(groups):
+        text += f" {settings}"
     if all(len(group.runs) == 1 for group in groups):
         return f"{text} One seed: there is no interval, and small differences say nothing; add --seeds 0,1,2."
     return f"{text} An interval that holds 0 shows no difference."
@@ -205,6 +233,8 @@ def _measure(run: Run, measure: str) -> float:
         return float(reduce(list(scores.values()))) if scores else math.nan
     if measure == "bytes_total":
         return run.total_bytes
+    if measure == "bytes_per_client":
+        return run.total_bytes / len(run.clients) if run.clients else math.nan
     return {
         "bytes_up": lambda: run.per_round("up"),
         "bytes_down": lambda: run.per_round("down"),
@@ -229,8 +259,6 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _differs(key: str, methods: Sequence[str], settings: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether runs differ in this setting. An option of a method counts only if runs of that method differ in it."""
+    """Whether runs of one method differ in this setting. What only methods differ in belongs to the method."""
     values = [str(own.get(key)) for own in settings]
-    if not key.startswith("method_options."):
-        return len(set(values)) > 1
     return any(len({v for v, m in zip(values, methods, strict=True) if m == method}) > 1 for method in set(methods))

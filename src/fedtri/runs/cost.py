@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fedtri.communication.codec import GRADIENT
 from fedtri.communication.compression import FLOAT32, Types
-from fedtri.communication.numbers import NUMBERS
+from fedtri.communication.numbers import NUMBERS, PLAIN
 from fedtri.config import validated
 from fedtri.errors import FedtriError
 from fedtri.methods import METHODS, build
@@ -64,8 +64,8 @@ def costs(
         FedtriError: For a model, target or number type that is not known.
     """
     for option, name in asdict(wire).items():
-        if name not in NUMBERS:
-            raise FedtriError(f"--{option}: expected one of {', '.join(NUMBERS)}, got {name!r}")
+        if name not in (known := [one.name for one in PLAIN]):
+            raise FedtriError(f"--{option}: expected one of {', '.join(known)}, got {name!r}")
     names = [str(number) for number in range(labels or 0)]
     chosen = targets if isinstance(targets, str) else list(targets)
     plain = skeleton(model, build_task(task), labels)

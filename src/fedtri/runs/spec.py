@@ -24,7 +24,7 @@ from fedtri.adapters.layout import FACTORS, Layer, Layout
 from fedtri.aggregation import server_optimizers
 from fedtri.communication.codec import Codec, SketchSize
 from fedtri.communication.compression import Types
-from fedtri.communication.numbers import NUMBERS
+from fedtri.communication.numbers import MIXED, NUMBERS
 from fedtri.config import Config
 from fedtri.config.schema import ModelOptions, Wire
 from fedtri.errors import FedtriError
@@ -105,14 +105,15 @@ class Spec:
     def codec(self) -> Codec:
         """How this federation's messages become bytes."""
         expected, wire = Expectation(self.layout, self.scales, self.wire.norm_bound, self.gradient_factors), self.wire
-        parts = self.method.adapter
+        once = MIXED[wire.basis].name if wire.basis in MIXED else wire.basis
+        types, parts = Types(wire.up, wire.down, once), self.method.adapter
         bases = parts.from_basis if parts.basis == "gradient" else frozenset[str]()
         of_rank = functools.cache(functools.partial(
             derived_factors, self.layout, seed=self.seed, basis=parts.basis, core=parts.core,
             given=self.init_adapter is not None,
         ))  # fmt: skip
         return Codec(
-            expected, self.method.plan, Types(wire.up, wire.down, wire.basis), self.sketch,
+            expected, self.method.plan, types, self.sketch,
             lambda client: of_rank(self.scales.ranks[client]), bases, self.fingerprint,
         )  # fmt: skip
 
