@@ -75,13 +75,17 @@ def cost(
         wire=Types(up, down, basis),
     )
     whole = max(one.up + one.down for one in found)
-    table = Table("method", "numbers up", "down", "bytes up", "down", "once", "all bytes", "of full", box=box.SIMPLE_HEAD)
+    table = Table(
+        "method", "numbers up", "down", "bytes up", "down", "once", "all bytes", "of full", box=box.SIMPLE_HEAD
+    )
     for one in found:
         counts = (one.up, one.down, one.up_bytes, one.down_bytes, one.once_bytes, one.total_bytes)
         share = (one.up + one.down) / whole
         table.add_row(one.method, *(f"{value:,.0f}" for value in counts), f"{share:.3%}")
     wide().print(table)
-    say(f"per client and round; once: a basis, up and down; all bytes: {clients} clients, {rounds} rounds, tensors alone")
+    say(
+        f"per client and round; once: a basis, up and down; all bytes: {clients} clients, {rounds} rounds, tensors alone"
+    )
     if out is not None:
         costing.write(out, found)
         say(f"wrote {out}")

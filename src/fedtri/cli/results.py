@@ -27,6 +27,13 @@ def compare(
     ] = [],  # noqa: B006
     out: Annotated[Path | None, typer.Option(help="The comparison's folder; by default runs/compare-CONFIG.")] = None,
     baseline: Baseline = None,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="First choose each method's learning rate on validation examples.")
+    ] = False,
+    tune_rounds: Annotated[int | None, typer.Option(min=1, help="Rounds of each try; by default half.")] = None,
+    equal: Annotated[
+        str | None, typer.Option(help="rank, parameters or bytes: what is equal; ranks are set to make it so.")
+    ] = None,
     settings: Settings = [],  # noqa: B006
 ) -> None:
     """Run methods, seeds and a grid of settings; the same call again runs only what is missing."""
@@ -37,13 +44,14 @@ def compare(
     planned = comparison.plan(
         config, listed(methods), seeds=[_whole(seed) for seed in listed(seeds or "")], settings=settings,
         grid=dict(map(comparison.parse_grid, grid)), out=out, baseline=baseline,
+        footing=equal, tune=tune, tune_rounds=tune_rounds,
     )  # fmt: skip
     try:
         _follow(comparison.run(planned))
     except KeyboardInterrupt:
         raise KeyboardInterrupt("interrupted; the same call goes on where it stopped") from None
     groups = tables.grouped(comparison.finished(planned.folder))
-    _print_table(tables.readable(groups, planned.baseline).drop(columns="total"))
+    _print_table(tables.readable(groups, planned.baseline).drop(columns=["total", "up", "down"]))
     say(tables.caption(groups, planned.baseline))
     say(f"the page is {planned.folder}/report.html, the numbers are {planned.folder}/table.csv")
 

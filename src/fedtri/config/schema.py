@@ -146,7 +146,7 @@ class Similarity(Strict):
     Features are projected to `sketch_dims` random directions and sent in float16; 0: all of them, in float32.
     """
 
-    sketch_dims: Annotated[int, Field(ge=0)] = 32
+    sketch_dims: Annotated[int, Field(ge=0)] = 128
 
 
 class ServerOptions(Strict):

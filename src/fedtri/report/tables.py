@@ -14,11 +14,11 @@ from scipy import stats
 
 from fedtri.errors import FedtriError
 from fedtri.report.names import amount, duration, points, share
-from fedtri.report.reading import Run
+from fedtri.report.reading import Run, comparison
 
 COLUMNS = (
-    "method", "data", "partition", "seeds", "accuracy_mean", "accuracy_std", "worst_mean", "best_mean",
-    "bytes_up_per_client_round", "bytes_total", "seconds",
+    "method", "data", "partition", "seeds", "accuracy_mean", "accuracy_std", "accuracy_half_interval", "worst_mean",
+    "best_mean", "bytes_up_per_client_round", "bytes_per_client", "bytes_total", "seconds",
 )  # fmt: skip
 NOT_SETTINGS = {"method", "seed", "out"}
 
@@ -56,6 +56,11 @@ class Group:
         """Standard deviation over seeds (n − 1); NaN for fewer than two."""
         known = _known(self.over_seeds(measure).values())
         return float(np.std(known, ddof=1)) if len(known) > 1 else math.nan
+
+    def half_interval(self, measure: str) -> float:
+        """Half of the 95 % interval of the mean over seeds: t(0.975, n − 1) · std / √n (Student); NaN for one seed."""
+        known = len(_known(self.over_seeds(measure).values()))
+        return float(stats.t.ppf(0.975, known - 1)) * self.std(measure) / math.sqrt(known) if known > 1 else math.nan
 
     def standard_error(self) -> float:
         """Of the mean accuracy over clients, in the first seed's run: std(clients) / √clients; NaN for one client."""
@@ -138,9 +143,11 @@ def frame(groups: Sequence[Group], keys: Sequence[str] = ()) -> pd.DataFrame:
             "seeds": len(group.runs),
             "accuracy_mean": group.mean("mean"),
             "accuracy_std": group.std("mean"),
+            "accuracy_half_interval": group.half_interval("mean"),
             "worst_mean": group.mean("worst"),
             "best_mean": group.mean("best"),
             "bytes_up_per_client_round": group.mean("bytes_up"),
+            "bytes_per_client": group.mean("bytes_per_client"),
             "bytes_total": group.mean("bytes_total"),
             "seconds": round(group.mean("seconds"), 3),
         }
@@ -158,14 +165,16 @@ def readable(groups: Sequence[Group], baseline: str | None = None) -> pd.DataFra
     heading = f"less {_paper(groups, baseline)}"
     rows = []
     for group, other in zip(groups, against, strict=True):
-        spread = group.std("mean")
+        half, bytes_ = group.half_interval("mean"), group.mean("bytes_per_client")
         rows.append({
             "method": group.label,
             "seeds": str(len(group.runs)),
-            "accuracy": share(group.mean("mean")) + (f" ± {share(spread)}" if math.isfinite(spread) else ""),
+            "accuracy": share(group.mean("mean")) + (f" ± {share(half)}" if math.isfinite(half) else ""),
+            heading: "baseline" if other is group else "–" if other is None else str(paired(group, other)),
+            "bytes a client": amount(bytes_),
+            "fewer bytes": "" if other is group else "–" if other is None else fewer(bytes_, other),
             "worst": share(group.mean("worst")),
             "best": share(group.mean("best")),
-            heading: "baseline" if other is group else "–" if other is None else str(paired(group, other)),
             "up": amount(group.mean("bytes_up")),
             "down": amount(group.mean("bytes_down")),
             "total": amount(group.mean("bytes_total")),
@@ -174,17 +183,44 @@ def readable(groups: Sequence[Group], baseline: str | None = None) -> pd.DataFra
     return pd.DataFrame(rows)
 
 
+def fewer(own: float, baseline: Group) -> str:
+    """How many times fewer bytes than the baseline's; "none" for no bytes."""
+    other = baseline.mean("bytes_per_client")
+    if not own:
+        return "none sent"
+    return f"{other / own:.3g}×" if other > 0 and math.isfinite(own) else "–"
+
+
 def caption(groups: Sequence[Group], baseline: str | None = None) -> str:
     """What the numbers of `readable` are, and what can be concluded from them."""
     other = _paper(groups, baseline)
     text = (
-        "Accuracy on each client's own test examples: mean over clients (± standard deviation over seeds), worst and "
-        f"best client. Less {other}: the difference in percentage points, paired by seed, with its 95 % interval "
-        "where there are two seeds or more. Up and down: bytes per client and round. Total: all bytes of all clients."
+        "Accuracy on each client's own test examples: mean over clients, ± the 95 % interval of the mean over seeds. "
+        f"Less {other}: the difference in percentage points, paired by seed, with its 95 % interval where there are "
+        "two seeds or more. Bytes a client: in the whole run, both ways, with what is sent once (sketches, bases). "
+        f"Fewer bytes: how many times fewer than {other}. Worst and best: the client. Up and down: bytes per client and round. "
+        "Total: all bytes of all clients."
     )
+    text = f"{text}{_footing(groups)}"
     if all(len(group.runs) == 1 for group in groups):
         return f"{text} One seed: there is no interval, and small differences say nothing; add --seeds 0,1,2."
     return f"{text} An interval that holds 0 shows no difference."
+
+
+def _footing(groups: Sequence[Group]) -> str:
+    """On what footing the runs were compared, and how their learning rates were found."""
+    about = comparison([run for group in groups for run in group.runs.values()])
+    equal, tuning, text = about.get("footing"), about.get("tuning"), ""
+    if equal:
+        text += f" Compared at equal {equal}" + ("." if equal == "rank" else "; the ranks were set to make it so.")
+    if isinstance(tuning, dict):
+        tried = ", ".join(f"{factor:g}" for factor in tuning["tried"])
+        chosen = ", ".join(f"{place} {factor:g}" for place, factor in tuning["chosen"].items())
+        text += (
+            f" Learning rates were tuned on validation examples: {tried} times each method's own, "
+            f"{tuning['rounds']} rounds each, on one seed; chosen: {chosen}."
+        )
+    return text or " Learning rates, ranks and targets are as configured, not tuned."
 
 
 def _paper(groups: Sequence[Group], method: str | None) -> str:
@@ -205,6 +241,8 @@ def _measure(run: Run, measure: str) -> float:
         return float(reduce(list(scores.values()))) if scores else math.nan
     if measure == "bytes_total":
         return run.total_bytes
+    if measure == "bytes_per_client":
+        return run.total_bytes / len(run.clients) if run.clients else math.nan
     return {
         "bytes_up": lambda: run.per_round("up"),
         "bytes_down": lambda: run.per_round("down"),
