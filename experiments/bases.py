@@ -27,10 +27,11 @@ from fedtri import config
 from fedtri.adapters.layout import Key
 from fedtri.adapters.subspace import leading
 from fedtri.aggregation import means
+from fedtri.communication.numbers import NUMBERS
 from fedtri.federation import loop
 from fedtri.federation.basis import drawn
 from fedtri.runs import simulation
-from fedtri.seeds import derive, generator
+from fedtri.seeds import generator
 from fedtri.state import ServerState
 from fedtri.storage.client_store import ClientStore
 
@@ -281,37 +282,29 @@ def variants(of: argparse.Namespace, seed: int, folder: str) -> dict[str, tuple[
             kept.append(gradients(federation, 64))
         return kept[0]
 
-    def coarse(name: str, *, again: bool = True) -> Callable[[], Bases]:
-        def make() -> Bases:
-            found = rounded(pooled(own(), 16, 16, TYPES[name], rotated=True), TYPES[name])
-            return orthonormal(found) if again else unit(found)
-
-        return make
+    def again(name: str) -> Bases:
+        return orthonormal(rounded(pooled(own(), 16, 4, NUMBERS[name].rounded), NUMBERS[name].rounded))
 
     found: dict[str, tuple[dict, Callable[[], Bases] | None]] = {
-        "local": ({**lora, "method": "local"}, None),
-        "fedit": (lora, None),
         "gradient": (core, None),
-        "int4 a row both ways": (core, coarse("int4 a row")),
-        "sign a row both ways": (core, coarse("sign a row")),
-        "sign a row both ways, not orthonormalised": (core, coarse("sign a row", again=False)),
-        "orthonormal": ({**core, "method": "fed_sb", "head": "personal"}, None),
-        "weights": ({**core, "basis": "weights"}, None),
+        "gradient in int4 both ways": ({**core, "wire.basis": "int4"}, None),
+        "gradient in sign both ways": ({**core, "wire.basis": "sign"}, None),
+        "gradient in int4 both ways, orthonormalised after": (core, lambda: again("int4")),
+        "fedit": (lora, None),
         "fedit, A from the gradient": ({**lora, "basis": "gradient"}, None),
-        "fedit, A from the weights": ({**lora, "basis": "weights"}, None),
+        "orthonormal": ({**core, "basis": "orthonormal"}, None),
+        "weights": ({**core, "basis": "weights"}, None),
+        "local": ({**lora, "method": "local"}, None),
         "ffa_lora": ({**lora, "method": "ffa_lora"}, None),
         "ffa_lora, A from the gradient": ({**lora, "method": "ffa_lora", "basis": "gradient"}, None),
+        "one factor a client": ({**core, "basis_factors": 1}, None),
+        "all examples": ({**core, "basis_examples": 1000}, None),
     }
     if of.public:
         found["public texts, random labels"] = (
             core, lambda: exact(public_gradients(federation, of.public, folder), 16),
         )  # fmt: skip
     return found
-
-
-def unit(bases: Bases) -> Bases:
-    """Rows of A and columns of B of length 1."""
-    return {layer: (B / B.norm(dim=0), A / A.norm(dim=1, keepdim=True)) for layer, (B, A) in bases.items()}
 
 
 def accuracies(of: argparse.Namespace, results: "Results") -> None:

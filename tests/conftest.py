@@ -1,5 +1,6 @@
 """One lab a session: its models and data are written once and only read."""
 
+import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,8 @@ import pytest
 if TYPE_CHECKING:
     from tiny import Lab
 
+# a thread that waits for another must not take the core that this one needs; read when PyTorch is loaded
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 hypothesis.settings.register_profile("fedtri", deadline=None)  # a busy machine is no mistake of the code's
 hypothesis.settings.load_profile("fedtri")
 

@@ -28,13 +28,27 @@ BY_NAME = {law.name: law for law in laws}
 EXPORT, UPDATE = "an exported adapter gives the client's own answers", "identical replies aggregate to the same update"
 EXECUTORS = "every executor gives a client the same result"
 RESUMED = "a run that is stopped and resumed equals one that never was"
+ALIVE = "no aggregation leaves a pair of A and B that cannot learn"
 MOVES = "every factor that learns moves, and no other"
+ALIVE = "no aggregation leaves a pair of A and B that cannot learn"
+BASED = [UPDATE, "only the plan travels, and what is counted was encoded", ALIVE, EXECUTORS, RESUMED, EXPORT]
+"""The laws that a phase before the first round could break."""
 VARIANTS: list[tuple[str, Callable[[], Method], dict[str, Any], Sequence[str]]] = [
     ("ce_lora in a frozen basis", functools.partial(METHODS["ce_lora"], frozen=True), {}, list(BY_NAME)),
+    ("fed_sb in a gradient basis", METHODS["fed_sb"], {"basis": "gradient", "basis_factors": 2}, BASED),
+    ("ffa_lora in a gradient basis", METHODS["ffa_lora"], {"basis": "gradient"}, BASED),
+    ("fedit from a gradient basis", METHODS["fedit"], {"basis": "gradient"}, BASED),
+    ("ce_lora in a frozen gradient basis", functools.partial(METHODS["ce_lora"], frozen=True), {"basis": "gradient"},
+     BASED),
+    ("hetlora from the weights", METHODS["hetlora"], {"basis": "weights"}, [ALIVE, RESUMED]),
     ("ce_lora with a shared head", METHODS["ce_lora"], {"head": "shared"}, [UPDATE, MOVES, RESUMED]),
     ("fedit with personal heads", METHODS["fedit"], {"head": "personal"}, [UPDATE, MOVES, RESUMED]),
     ("fedit by DoRA", METHODS["fedit"], {"adapter": "dora"}, [UPDATE, MOVES, EXECUTORS, EXPORT]),
     ("fedit by HiRA", METHODS["fedit"], {"adapter": "hira"}, [UPDATE, MOVES, EXECUTORS, EXPORT]),
+    ("ce_lora by cosine, shrunk", functools.partial(METHODS["ce_lora"], reference="cosine", mixing="shrunk"), {}, [
+        UPDATE, EXECUTORS, RESUMED]),
+    ("flexlora split as its authors do", functools.partial(METHODS["flexlora"], split="orthonormal"), {}, [
+        UPDATE, ALIVE, EXECUTORS]),
     ("flexlora aligned", functools.partial(METHODS["flexlora"], align=True), {}, [UPDATE, EXECUTORS]),
 ]  # fmt: skip
 
@@ -119,7 +133,7 @@ BROKEN: dict[str, tuple[Callable[[], Method], str]] = {
         lambda: method(draws_from_the_global_generator), "the order of replies changes nothing"),
     "adds to a reply": (lambda: method(adds_to_a_reply), "aggregation does not mutate its inputs"),
     "adds up": (lambda: method(adds_up), UPDATE),
-    "sends zeros": (lambda: method(sends_zeros), "no aggregation leaves a pair of A and B that cannot learn"),
+    "sends zeros": (lambda: method(sends_zeros), ALIVE),
     "forgets B": (lambda: method(local_update=forgets_b), MOVES),
     "changes what the plan freezes": (lambda: method(local_update=keeps_half_of_its_core), MOVES),
     "sets a core between A and B = 0": (lambda: method(plan=Plan.of("C")), MOVES),
@@ -162,8 +176,9 @@ ALONE = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("how", ALONE)
-@pytest.mark.parametrize("method", MAIN)
+@pytest.mark.parametrize(
+    ("method", "how"), [*(("fedit", how) for how in ALONE), ("ce_lora", "all at once"), ("ce_lora", "sizes")]
+)
 def test_a_group_gives_each_client_what_it_gets_alone(method, how, lab, tmp_path):
     """Seen to fail with a loss that is the mean over the pooled batch, with one norm clipped for the whole group, with
     a client that is done stepping on with the others, and with factors picked by position in a batch."""
@@ -194,8 +209,10 @@ def test_in_float32_it_is_so_but_for_rounding(method, lab, tmp_path):
     assert 0 < max(apart) < 1e-4
 
 
-@pytest.mark.parametrize("apart", ["processes", "threads"])
-@pytest.mark.parametrize("method", ["fedit", "ditto", "full"])
+@pytest.mark.parametrize(
+    ("method", "apart"),
+    [("fedit", "processes"), ("ditto", "processes"), ("full", "processes"), ("fedit", "threads")],
+)
 def test_workers_side_by_side_change_nothing(method, apart, lab, tmp_path, monkeypatch):
     """In float64: whom a client shares passes with, and so how products round, depends on the workers. Ditto trains
     twice a round; full goes by the reference executor.

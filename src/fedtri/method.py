@@ -67,7 +67,7 @@ class AdapterSpec:
     and B. The configuration's [optimizer.learning_rates] wins."""
 
     @property
-    def basis_factors(self) -> frozenset[str]:
+    def from_basis(self) -> frozenset[str]:
         """The factors that come from the basis."""
         return frozenset("AB" if self.core else "A")
 

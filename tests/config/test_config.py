@@ -23,9 +23,24 @@ def complaint(*settings: str, path=None, **flags: object) -> str:
     return message
 
 
-def test_without_a_file_the_defaults_are_the_demos_but_for_the_head():
-    demo = Path(__file__).parents[2] / "experiments" / "demo.toml"
-    assert config.load(None, ["head=personal"]) == config.load(demo)
+DEMO = Path(__file__).parents[2] / "experiments" / "demo.toml"
+
+
+def test_a_methods_own_table_holds_for_it_alone():
+    core, fedit = (config.load(DEMO, [f"method={name}"]) for name in ("gradient_core", "fedit"))
+    assert (core.wire.up, core.targets != fedit.targets, fedit.wire.up) == ("int4", True, "float32")
+    assert config.load(DEMO, ["wire.up=sign"]).wire.up == "sign"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[methods.fedit]\nrnak = 3", "[methods.fedit]"),
+        ("[methods]\nfedit = 3", "expected a table for each method"),
+    ],
+)
+def test_a_mistake_in_a_methods_table_is_found_whatever_runs(text, said, tmp_path):
+    assert said in complaint(path=written(tmp_path, text), method="local")
 
 
 def test_settings_override_flags_and_flags_override_the_file(tmp_path):
@@ -193,7 +208,7 @@ def test_a_methods_own_table_holds_for_that_method_alone(tmp_path):
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("[methods.fed_sb]\nrnak = 3", r"methods\.fed_sb: rnak: unknown key; did you mean rank\?$"),
+        ("[methods.fed_sb]\nrnak = 3", r"\[methods\.fed_sb\]: rnak: unknown key; did you mean rank\?$"),
         ("[methods.fed_sb]\nseed = 3", r"methods\.fed_sb\.seed: is the same for all methods; leave it out$"),
         ("[methods]\nfed_sb = 3", r"methods: expected a table for each method"),
     ],

@@ -14,7 +14,7 @@ from fedtri.data import images, load_pool
 from fedtri.data.pool import Source
 from fedtri.errors import FedtriError
 from fedtri.tasks.images import pool
-from tiny import save_images
+from tiny_images import save_images
 
 
 def stored(image: Image.Image, kind: str = "PNG", **more) -> bytes:

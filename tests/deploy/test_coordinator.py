@@ -253,3 +253,27 @@ def test_a_site_without_validation_examples_says_so_where_early_stopping_needs_t
     with pytest.raises(FedtriError, match=r"a: failed while reading its data; the reason is in the site's own log"):
         coordinator.lead(path, Grid(sites), {})
     assert "early_stopping.patience: needs validation examples" in caplog.text
+
+
+def test_a_basis_from_gradients_goes_over_the_network(lab, tmp_path):
+    """Every site's gradient before the first round; d, which joins later, is sent the basis with its first task. A
+    site's files are as they were: the phase can be repeated. Seen to fail with the phase in the site's journal."""
+    sites = Sites(tmp_path, lab)
+    grid, received = Grid(sites, offline={"d"}), {}
+
+    def noting(call: Called, opened: site.Opened, record: Record) -> list[Record]:
+        said = codec_of(opened, call).open_request(call.data, call.client)
+        received[call.client, said.phase, said.round] = said.factors
+        if said.phase == "train":
+            grid.offline = set()
+        return [record]
+
+    grid.scripts = dict.fromkeys(CLIENTS, noting)
+    coordinator.lead(sites.configure(method="gradient_core", rounds=2), grid, {})
+    found = lines(tmp_path)
+    assert [sorted(line["bytes"].get("basis", {})) for line in found] == [["a", "b", "c"], []]
+    assert not any(line.get("failed") or line.get("refused") for line in found)
+    a, d = received["a", "train", 0], received["d", "train", 1]
+    assert {key.factor for key in a} == {"A", "B"}
+    assert {key.factor for key in d} == {"A", "B", "C"}
+    assert all(torch.equal(d[key], value) for key, value in a.items())

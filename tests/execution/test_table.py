@@ -16,7 +16,8 @@ from fedtri.execution.fast import decoders
 from fedtri.execution.fast.model import Frozen, SharedPass
 from fedtri.execution.fast.table import ARCHITECTURES, why_not
 from fedtri.models.loading import ATTENTION, find_targets, head_layers
-from tiny import IMAGE_MODELS, assert_same, vit
+from tiny import assert_same
+from tiny_images import IMAGE_MODELS, vit
 
 
 def differs(kind: str, task: str) -> float:

@@ -84,6 +84,14 @@ def test_the_raw_reference_compares_the_cores_themselves():
     torch.testing.assert_close(found(init)["weights"], EYE)
 
 
+def test_the_cosine_as_reference_leaves_out_who_moved_the_other_way():
+    cores = {"a": EYE + diagonal(1, 0), "b": EYE - diagonal(1, 0), "c": EYE + diagonal(3, 0)}
+    state = step(cores, similarity="model", reference="cosine")
+    torch.testing.assert_close(state.personal["a"][CORE], EYE + diagonal(2, 0))
+    torch.testing.assert_close(state.personal["b"][CORE], cores["b"])
+    assert found(step(cores, similarity="model"))["weights"][0].tolist() == pytest.approx([1 / 3] * 3)
+
+
 def test_in_a_frozen_basis_cores_start_at_zero_and_are_compared_as_they_are():
     """Seen to fail with I subtracted from what started at 0."""
     cores = {"a": diagonal(1, 0), "b": diagonal(3, 0), "c": diagonal(0, 2)}
@@ -106,6 +114,40 @@ def test_both_are_summed():
 def test_uniform_is_the_plain_mean_for_everyone():
     state = step(THREE, similarity="uniform")
     assert [scalar(state, client) for client in "abc"] == pytest.approx([7 / 3] * 3)
+
+
+def layered(seed: int, groups: int) -> dict[str, dict[Key, torch.Tensor]]:
+    """The cores of 12 clients in two layers; around `groups` centres."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(groups, 2, 6, 6, generator=generator)
+    cores = torch.eye(6) + 0.01 * (centres[torch.arange(12) % groups] + torch.randn(12, 2, 6, 6, generator=generator))
+    return {f"c{i:02}": {Key("x", "C"): core[0], Key("y", "C"): core[1]} for i, core in enumerate(cores)}
+
+
+def test_shrunk_mixing_is_the_plain_mean_where_clients_are_alike():
+    """And else lies between the mean and the paper's weights. A newcomer is mixed with the same λ."""
+    method = methods.build("ce_lora", {"mixing": "shrunk", "reference": "cosine", "similarity": "model", "top_k": 4})
+    shares = []
+    for groups in (1, 3):
+        replies = [Reply(client, 0, cores, 9, {}) for client, cores in layered(1, groups).items()]
+        state = server.server_step(method, ServerState(), replies)
+        weights, shares = found(state)["weights"], [*shares, float(state.own["share"])]
+        torch.testing.assert_close(weights.sum(1), torch.ones(12))
+        assert weights.min() == pytest.approx((1 - shares[-1]) / 12, abs=1e-6)
+    assert shares[0] < 0.15
+    assert shares[1] > 0.5
+
+
+def test_one_layer_cannot_be_halved_so_shrunk_mixing_is_the_mean():
+    state = step(THREE, mixing="shrunk")
+    assert [scalar(state, client) for client in "abc"] == pytest.approx([7 / 3] * 3)
+
+
+def test_a_newcomer_is_mixed_by_data_and_shrunk_alike():
+    method = methods.build("ce_lora", {"mixing": "shrunk"})
+    state = step(THREE, mixing="shrunk")
+    state = server.sketched(method, state, [Reply("d", 1, {}, 9, {}, sketch(0.0))])
+    assert scalar(state, "d") == pytest.approx(7 / 3)
 
 
 def test_a_temperature_is_a_softmax():
@@ -168,6 +210,7 @@ def test_what_ce_lora_asks_for(options, needs_sketch, train):
     [
         ({"reference": "first"}, "method_options.reference"),
         ({"similarity": "none"}, "method_options.similarity"),
+        ({"mixing": "mean"}, "method_options.mixing"),
         ({"temperature": 0.0}, "method_options.temperature"),
         ({"temperature": -1.0}, "method_options.temperature"),
         ({"top_k": 0}, "method_options.top_k"),

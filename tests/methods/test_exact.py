@@ -59,6 +59,19 @@ def test_flexlora_sends_the_best_approximation_of_the_mean_product():
     torch.testing.assert_close(product(step("flexlora", ONE, TWO).shared), best, atol=1e-10, rtol=0)
 
 
+def test_flexlora_s_other_split_gives_a_orthonormal_rows_and_b_the_rest():
+    """The same product. Rows of A beyond the rank of the mean are zero either way: there a client keeps its own."""
+    replies = drawn(seed=5)
+    found, plain = (step("flexlora", *replies, split=split).shared for split in ("orthonormal", "balanced"))
+    torch.testing.assert_close(product(found), product(plain))
+    A, B = found[Key("w", "A")], found[Key("w", "B")]
+    torch.testing.assert_close(A @ A.mT, torch.eye(2, **DOUBLE))
+    gram = B.mT @ B
+    torch.testing.assert_close(gram, gram.diagonal().diag(), atol=1e-10, rtol=0)
+    single = step("flexlora", reply("x", A=[[1, 0, 0], [2, 0, 0]], B=[[1, 1], [0, 0]]), split="orthonormal").shared
+    assert single[Key("w", "A")][1].tolist() == [0, 0, 0]
+
+
 def test_hetlora_weighs_by_the_norm_of_the_update():
     """‖B_1A_1‖ = 2 and ‖B_2A_2‖ = 4: weights 1/3 and 2/3, whatever the numbers of examples."""
     shared = step("hetlora", ONE, TWO).shared

@@ -1,12 +1,15 @@
 """Ditto and pFedMe keep a personal copy of the adapter at home; RAVAN and FLoRA start anew where they must."""
 
+import inspect
+
 import pytest
 import torch
 
 from fedtri.adapters.layout import Key
+from fedtri.errors import FedtriError
 from fedtri.federation import client, server
-from fedtri.messages import Request
-from fedtri.methods import build
+from fedtri.messages import Reply, Request
+from fedtri.methods import METHODS, build
 from fedtri.state import ServerState
 from fedtri.storage.client_store import beside
 from tiny import clients_tensors, rounds
@@ -62,8 +65,37 @@ def test_pfedme_sends_a_step_towards_the_personal_copy(lab, tmp_path):
             torch.testing.assert_close(value, expected, atol=1e-12, rtol=0)
 
 
+def test_the_pull_of_pfedme_is_that_of_its_authors():
+    """λ 15 and β 1 in their code; a λ of 0.1, as fedtri once had it, holds nothing. Four heads in RAVAN's paper."""
+    assert {name: option.default for name, option in inspect.signature(METHODS["pfedme"]).parameters.items()} == {
+        "lam": 15.0, "pull": 0.8, "beta": 1.0,
+    }  # fmt: skip
+    assert build("ravan").adapter.heads == 4
+
+
+def test_the_server_of_pfedme_goes_on_beyond_the_mean():
+    """(1 − β) shared + β mean, the head too: from 1 towards 4 with β = 2 is 7. The first round has nothing to mix."""
+
+    def said(value: float) -> Reply:
+        one = torch.full((1, 1), value, dtype=torch.float64)
+        return Reply("x", 0, {Key("w", "A"): one, Key("w", "B"): one, Key("h", "H"): one}, 1, {})
+
+    for beta, expected in ((1.0, 4.0), (2.0, 7.0), (0.5, 2.5)):
+        method = build("pfedme", {"beta": beta})
+        state = server.server_step(method, ServerState(), [said(1.0)])
+        assert {float(value) for value in state.shared.values()} == {1.0}
+        state = server.server_step(method, state, [said(4.0)])
+        assert {float(value) for value in state.shared.values()} == {expected}
+
+
+@pytest.mark.parametrize("rank", [6, 2])
+def test_a_rank_that_ravan_cannot_divide_is_refused_before_anything_runs(lab, tmp_path, rank):
+    with pytest.raises(FedtriError, match=rf"^rank: expected a multiple of method_options.heads \(4\), got {rank}$"):
+        lab.federation(tmp_path, method="ravan", rank=rank)
+
+
 def test_ravan_sends_its_scalars_inside_the_cores_and_starts_again_at_one(lab, tmp_path):
-    built = lab.federation(tmp_path, method="ravan", rank=4, double=True)
+    built = lab.federation(tmp_path, method="ravan", rank=4, double=True, method_options={"heads": 2})
     layer = built.site.executor.layout.layers[0].name
     C, S = Key(layer, "C"), Key(layer, "S")
     for name, reply in first_round(built).items():
@@ -87,6 +119,29 @@ def test_flora_starts_afresh_with_every_new_total(lab, tmp_path):
             assert Key(layer, "W") in factors
         seen.append(factors[Key(layer, "A")])
     assert not torch.equal(seen[0], seen[1]), "with the same A every round, W would live in its row space"
+
+
+def test_each_client_of_flora_draws_its_own_a(lab, tmp_path):
+    """With one A for all the total of a round would have the rank of one client: its row space is that of A.
+
+    Seen to fail with a draw for the round alone, and with the first round's A the same everywhere.
+    """
+    built = lab.federation(tmp_path, method="flora", rank=2, double=True)
+    for count, progress in enumerate(rounds(built), 1):
+        for layer in built.spec.layout.layers:
+            W = progress.state.shared[Key(layer.name, "W")]
+            expected = min(count * 4 * 2, *W.shape)
+            assert torch.linalg.matrix_rank(W, rtol=1e-12) == expected
+
+
+def test_what_flora_drew_it_keeps_until_it_has_trained(lab, tmp_path):
+    """A client that is asked to train twice in a round, because an answer was lost, starts from the same A."""
+    built = lab.federation(tmp_path, method="flora")
+    name = built.spec.clients[0]
+    one, two = (client.received(built.site, Request("train", 0, name, {})) for _ in range(2))
+    key = Key(built.spec.layout.layers[0].name, "A")
+    assert torch.equal(one[key], two[key])
+    assert not torch.equal(one[key], client.received(built.site, Request("train", 0, built.spec.clients[1], {}))[key])
 
 
 def test_rolora_sends_down_only_what_changed(lab, tmp_path):

@@ -68,6 +68,24 @@ def pytest_says(folder: Path, *options: str) -> str:
     return child.output.read_text()
 
 
+def test_an_installed_package_is_found_and_looked_for_once(folder, tmp_path, monkeypatch):
+    """Where the path changes it is looked for again. Seen to fail without the cache, 0.1 s a name."""
+    about = tmp_path / "site" / "theirs-1.0.dist-info"
+    about.mkdir(parents=True)
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text("[fedtri.methods]\ntheir_method = my_method:mine\n")
+    assert "their_method" not in lookup.names()
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    monkeypatch.syspath_prepend(str(folder))
+    asked = []
+    look = lookup.entry_points
+    monkeypatch.setattr(lookup, "entry_points", lambda **which: asked.append(which) or look(**which))
+    assert lookup.names()[-1] == "their_method"
+    assert lookup.make("their_method").name == "mine"
+    assert lookup.find("fedit") is lookup.METHODS["fedit"]
+    assert len(asked) == 1
+
+
 @pytest.mark.parametrize("law", laws[:3], ids=str)
 def test_a_law_takes_a_method_or_its_function(law, folder, tmp_path):
     mine = lookup.find(f"{folder}/my_method.py:mine")

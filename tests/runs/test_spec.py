@@ -45,6 +45,7 @@ KEYS: dict[str, tuple[Any, str]] = {
     "adapter": ("dora", "layout"),
     "basis": ("gradient", ALWAYS),
     "basis_examples": (8, "basis_examples"),
+    "basis_factors": (2, "gradient_factors"),
     "lora_alpha": (3.0, "scales"),
     "targets": ("query", "layout"),
     "layers": ("last:1", "layout"),

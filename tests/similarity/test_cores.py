@@ -42,6 +42,25 @@ def test_only_what_was_learned_tells_clients_apart():
     assert core_similarity(cores, reference="init")[off].max() < 0.8
 
 
+def test_the_cosine_tells_a_move_from_its_opposite():
+    """CKA gives opposite moves 1, orthogonal ones 0; by cosine both have 0, and half of the way between, √½."""
+    x, y = torch.zeros(2, 2), torch.zeros(2, 2)
+    x[0, 1], y[1, 0] = 1, 1
+    cores = torch.eye(2) + torch.stack([x, -3 * x, y, x + y])[:, None]
+    cosine = core_similarity(cores, reference="init", signed=True)
+    half = math.sqrt(1 / 2)
+    expected = torch.tensor([[1, 0, 0, half], [0, 1, 0, 0], [0, 0, 1, half], [half, 0, half, 1]])
+    torch.testing.assert_close(cosine, expected)
+    assert core_similarity(cores, reference="init")[0, 1] == 1
+
+
+def test_layers_that_disagree_cancel_in_the_cosine():
+    """Seen to fail with negative cosines cut off layer by layer: 1 and −1 would give 1/2."""
+    x = torch.diag(torch.tensor([1.0, -2]))
+    cores = torch.eye(2) + torch.stack([torch.stack([x, x]), torch.stack([x, -x])])
+    assert core_similarity(cores, reference="init", signed=True)[0, 1] == 0
+
+
 def test_a_core_that_has_not_moved_is_like_itself_alone():
     cores = torch.eye(4).expand(3, 2, 4, 4).clone()
     cores[2] += torch.randn(2, 4, 4)

@@ -22,21 +22,8 @@ from fedtri.models.loading import Weights, find_targets, head_layers
 from fedtri.runs import finished, lifecycle
 from fedtri.tasks import images
 from fedtri.tasks.classes import same_classes
-from tiny import (
-    DIGITS,
-    NEEDS,
-    PATCHES,
-    SIZES,
-    assert_same,
-    carry,
-    classifier,
-    clients_tensors,
-    clip,
-    opened_again,
-    rounds,
-    training_loss,
-    vit,
-)
+from tiny import NEEDS, SIZES, assert_same, carry, classifier, clients_tensors, opened_again, rounds, training_loss
+from tiny_images import DIGITS, PATCHES, clip, vit
 
 KINDS = {
     "image_classification": {"kind": "vit", "task": "image_classification", **DIGITS},

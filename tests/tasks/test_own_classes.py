@@ -12,7 +12,8 @@ from fedtri.adapters.layout import Key
 from fedtri.adapters.model import load
 from fedtri.errors import FedtriError
 from fedtri.runs import finished, lifecycle
-from tiny import DIGITS, LABELS, NEEDS, assert_same, carry, clients_tensors, rounds, training_loss
+from tiny import LABELS, NEEDS, assert_same, carry, clients_tensors, rounds, training_loss
+from tiny_images import DIGITS
 
 OWN = {"labels": "own", "head": "personal"}
 VISION = {"kind": "vit", "task": "image_classification", **DIGITS, "partition": "dirichlet:0.5", **OWN}

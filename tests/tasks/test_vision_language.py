@@ -8,7 +8,8 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from fedtri.errors import FedtriError
 from fedtri.runs import finished, lifecycle
-from tiny import llava, opened_again, rounds
+from tiny import opened_again, rounds
+from tiny_images import llava
 
 CLIENT = "client-01"
 CHAT = (

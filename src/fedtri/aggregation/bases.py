@@ -1,6 +1,6 @@
 """A basis from the clients' first gradients: the leading singular vectors of their mean G = Σ p_k G_k of every layer.
 
-A client sends the best approximation of its G_k of its own rank, as B = U√σ and A = √σVᵀ. G is never built: see
+A client sends the best approximation of its G_k by a few factors, as B = U√σ and A = √σVᵀ. G is never built: see
 `products.product_svd`. A gradient step from ΔW = 0 moves every layer along −G, so of all bases of rank r this one holds
 most of the first step (Eckart and Young); LoRA-SB uses it for one client (arXiv:2411.19557).
 """
@@ -31,7 +31,8 @@ def pooled(replies: Sequence[Reply], factors: frozenset[str], rank: int) -> dict
         shapes.setdefault((B.shape[0], replies[0].up[Key(key.layer, "A")].shape[1]), []).append(key.layer)
     found: dict[Key, Tensor] = {}
     for layers in shapes.values():
-        stacks = [torch.stack([_stacked(replies, layer, factor, rank) for layer in layers]) for factor in "BA"]
+        most = max(rank, *(reply.up[Key(layers[0], "A")].shape[0] for reply in replies))
+        stacks = [torch.stack([_stacked(replies, layer, factor, most) for layer in layers]) for factor in "BA"]
         U, _, Vh = products.product_svd(stacks[0], stacks[1], weights, rank)
         dtype = stacks[0].dtype
         for i, layer in enumerate(layers):
@@ -40,9 +41,9 @@ def pooled(replies: Sequence[Reply], factors: frozenset[str], rank: int) -> dict
     return found
 
 
-def _stacked(replies: Sequence[Reply], layer: str, factor: str, rank: int) -> Tensor:
-    """Everyone's factor of one layer; of a smaller rank with zeros, so that there are always `rank` singular vectors."""
+def _stacked(replies: Sequence[Reply], layer: str, factor: str, count: int) -> Tensor:
+    """Everyone's factor of one layer, filled up with zeros so that there are always enough singular vectors."""
     own = [reply.up[Key(layer, factor)] for reply in replies]
     if factor == "A":
-        return torch.stack([pad(A, (0, 0, 0, rank - A.shape[0])) for A in own])
-    return torch.stack([pad(B, (0, rank - B.shape[1])) for B in own])
+        return torch.stack([pad(A, (0, 0, 0, count - A.shape[0])) for A in own])
+    return torch.stack([pad(B, (0, count - B.shape[1])) for B in own])

@@ -92,17 +92,20 @@ def best_low_rank(
     A: Float[Tensor, "layers m r d_in"],
     weights: Float[Tensor, "m"],
     rank: int,
+    *,
+    balanced: bool = True,
 ) -> tuple[Float[Tensor, "layers d_out rank"], Float[Tensor, "layers rank d_in"]]:
     """B̂Â, the matrix of rank at most `rank` nearest to M (Eckart–Young), at the cost of `product_svd`.
 
-    Each factor gets √σ, so that their gradients have one scale. Columns of B̂ and rows of Â beyond M's own rank are
-    exactly zero.
+    Balanced, each factor gets √σ, so that their gradients have one scale; otherwise B̂ gets σ, and the rows of Â are
+    orthonormal. Columns of B̂ and rows of Â beyond M's own rank are exactly zero.
     """
     U, S, Vh = product_svd(B, A, weights, rank)
     rounding = S[..., :1] * max(B.shape[2], A.shape[3]) * torch.finfo(S.dtype).eps
     S = torch.where(rounding < S, S, 0.0)
-    root = pad(S, (0, max(0, rank - S.shape[-1])))[..., None, :rank].sqrt()  # (layers, 1, rank)
-    return (U * root).to(B.dtype), (Vh * root.mT).to(A.dtype)
+    S = pad(S, (0, max(0, rank - S.shape[-1])))[..., None, :rank]  # (layers, 1, rank)
+    left, right = (S.sqrt(), S.sqrt()) if balanced else (S, S.sign())
+    return (U * left).to(B.dtype), (Vh * right.mT).to(A.dtype)
 
 
 def residual(

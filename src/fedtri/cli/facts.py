@@ -83,9 +83,7 @@ def cost(
         share = (one.up + one.down) / whole
         table.add_row(one.method, *(f"{value:,.0f}" for value in counts), f"{share:.3%}")
     wide().print(table)
-    say(
-        f"per client and round; once: a basis, up and down; all bytes: {clients} clients, {rounds} rounds, tensors alone"
-    )
+    say(f"per client and round; once: a basis, both ways; all bytes: {clients} clients, {rounds} rounds, tensors alone")
     if out is not None:
         costing.write(out, found)
         say(f"wrote {out}")

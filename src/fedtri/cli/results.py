@@ -51,7 +51,7 @@ def compare(
     except KeyboardInterrupt:
         raise KeyboardInterrupt("interrupted; the same call goes on where it stopped") from None
     groups = tables.grouped(comparison.finished(planned.folder))
-    _print_table(tables.readable(groups, planned.baseline).drop(columns=["total", "up", "down"]))
+    _print_table(tables.readable(groups, planned.baseline))
     say(tables.caption(groups, planned.baseline))
     say(f"the page is {planned.folder}/report.html, the numbers are {planned.folder}/table.csv")
 

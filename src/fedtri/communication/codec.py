@@ -156,7 +156,8 @@ class Codec:
         up = self._up(request)
         size = self.sketch
         room = sketches.most_bytes(size.classes, size.features, half=size.half) if phase == "sketch" else 0
-        said = self._read(data, client, up, room)
+        expected = self.expected.of_gradients if phase == "basis" else self.expected
+        said = replace(self, expected=expected)._read(data, client, up, room)
         if (said.round, said.phase) != (request.round, phase):
             raise FedtriError(
                 f"wire: the reply is to {said.phase} of round {said.round + 1}, "
@@ -168,7 +169,7 @@ class Codec:
         ours = {**request.values, **request.down}
         values = values_of(said.factors, said.ways, {**self._has(client, None), **self.traffic.follows(ours)})
         reply = Reply(client, said.round, values, said.num_examples, said.metrics, found)
-        if phase in ("basis", "train") and (why := refuse(reply, up, self.expected)):
+        if phase in ("basis", "train") and (why := refuse(reply, up, expected)):
             raise FedtriError(why.removeprefix(f"{client}: "))
         return reply
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fedtri.adapters.layout import Factors
+from fedtri.communication import mixing
 from fedtri.errors import FedtriError
 
 SCALE = struct.Struct("<f")
@@ -155,6 +156,16 @@ def _unpack_int4(data: memoryview, count: int) -> Float[Tensor, "count"]:
     return torch.from_numpy(steps) * scales.repeat_interleave(BLOCK)[:count]
 
 
+def _mixed(plain: NumberType, code: int) -> NumberType:
+    """The type whose numbers are mixed before they are rounded and unmixed after; see mixing.py."""
+    return NumberType(
+        f"{plain.name}_mixed", code, plain.size,
+        lambda tensor: plain.pack(mixing.mixed(tensor.float().flatten())),
+        lambda data, count: mixing.unmixed(plain.unpack(data, count)),
+        lossy=True,
+    )  # fmt: skip
+
+
 def _write_signs(flat: Float[Tensor, "n"], scale: float) -> bytes:
     return np.packbits((flat >= 0).numpy(), bitorder="little").tobytes()
 
@@ -172,17 +183,17 @@ def _require_empty(padding: np.ndarray, name: str) -> None:
 
 _INT8 = Codes(lambda flat, scale: _steps(flat, scale, 127).tobytes(), lambda data, count: data.view(np.int8))
 
-NUMBERS = {
-    one.name: one
-    for one in (
-        _float("float32", 0, torch.float32),
-        _float("float16", 1, torch.float16),
-        _float("bfloat16", 2, torch.bfloat16),
-        _float("float64", 3, torch.float64),
-        _scaled("int8", 4, 8, lambda flat: float(flat.abs().amax()) / 127, _INT8),
-        NumberType("int4", 5, _int4_size, _pack_int4, _unpack_int4, lossy=True),
-        _scaled("sign", 6, 1, lambda flat: float(flat.abs().double().mean()), Codes(_write_signs, _read_signs)),
-    )
-}
+PLAIN = (
+    _float("float32", 0, torch.float32),
+    _float("float16", 1, torch.float16),
+    _float("bfloat16", 2, torch.bfloat16),
+    _float("float64", 3, torch.float64),
+    _scaled("int8", 4, 8, lambda flat: float(flat.abs().amax()) / 127, _INT8),
+    NumberType("int4", 5, _int4_size, _pack_int4, _unpack_int4, lossy=True),
+    _scaled("sign", 6, 1, lambda flat: float(flat.abs().double().mean()), Codes(_write_signs, _read_signs)),
+)
+MIXED = {one.name: _mixed(one, 16 + one.code) for one in PLAIN if one.lossy}
+"""For each type that rounds much, the one that mixes the numbers first: for what travels whole, in the type `basis`."""
+NUMBERS = {one.name: one for one in (*PLAIN, *MIXED.values())}
 """Every number type by name."""
 BY_CODE = {one.code: one for one in NUMBERS.values()}

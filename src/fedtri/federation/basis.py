@@ -1,4 +1,4 @@
-"""A client's half of a basis from gradients: the gradient of its own loss, as factors of its rank."""
+"""A client's half of a basis from gradients: the gradient of its own loss, as its leading factors."""
 
 from collections.abc import Mapping
 
@@ -19,8 +19,8 @@ def drawn(train: Rows, count: int, seed: int, client: str) -> Rows:
     return np.sort(order[:count])
 
 
-def leading_factors(rank: int, seed: int, client: str) -> Reduce:
-    """(a client's gradients) to B = U√σ (d_out, rank) and A = √σVᵀ (rank, d_in) of every layer, in float32 or wider.
+def leading_factors(count: int, seed: int, client: str) -> Reduce:
+    """(a client's gradients) to B = U√σ (d_out, count) and A = √σVᵀ (count, d_in) of every layer, in float32 or wider.
 
     Raises FedtriError where a gradient is not finite.
     """
@@ -33,7 +33,7 @@ def leading_factors(rank: int, seed: int, client: str) -> Reduce:
                     f"basis: the gradient of {client} in {layer} is not finite; "
                     'set model_options.dtype = "float32", or choose another basis'
                 )
-            U, S, V = leading(gradient, rank, generator(seed, "basis", client, layer))
+            U, S, V = leading(gradient, count, generator(seed, "basis", client, layer))
             root = S.sqrt()
             dtype = torch.promote_types(gradient.dtype, torch.float32)
             found[Key(layer, "B")] = (U * root).to("cpu", dtype)

@@ -59,6 +59,8 @@ class Site:
     """The classes of each client's own head, where these differ; empty where all have all."""
     basis_examples: int = 64
     """From how many of its training examples a client computes its gradient for a basis, at most."""
+    gradient_factors: int = 4
+    """How many leading factors of it a client sends, at most its rank."""
     evaluate: bool = True
     """Whether clients are scored after local training too; where they are asked to evaluate, they do."""
     validate: bool = False
@@ -225,7 +227,8 @@ def _basis(site: Site, requests: Sequence[Request]) -> list[Reply]:
     for client in (request.client for request in requests):
         rows.append(drawn(site.splits[client].train, site.basis_examples, site.seed, client))
         models.append(site.model(client, site.initial(client)))
-        reduce.append(leading_factors(site.scales.ranks[client], site.seed, client))
+        count = min(site.gradient_factors, site.scales.ranks[client])
+        reduce.append(leading_factors(count, site.seed, client))
     found = site.executor.gradients(models, rows, reduce)
     return [_reply(site, request, up) for request, up in zip(requests, found, strict=True)]
 

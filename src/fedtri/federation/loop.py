@@ -1,4 +1,7 @@
-"""The round loop: a basis before the first round, where the method wants one; sketch newcomers, train, aggregate, deliver and evaluate; it yields a line and a state a round."""
+"""The round loop: sketch newcomers, train, aggregate, deliver and evaluate; it yields a line and a state a round.
+
+Before the first round all clients are asked for their gradients, where the method's basis is made of them.
+"""
 
 import time
 from collections.abc import Iterator, Mapping, Sequence

@@ -23,6 +23,14 @@ class Expectation:
     scales: Scales
     norm_bound: float = 1e4
     """The largest Frobenius norm a tensor of a reply may have."""
+    gradient_factors: int = 4
+    """How many leading factors of its gradient a client sends for a basis, at most its rank."""
+
+    @property
+    def of_gradients(self) -> "Expectation":
+        """The same for what clients send of their gradients: B (d_out, factors) and A (factors, d_in)."""
+        ranks = {client: min(rank, self.gradient_factors) for client, rank in self.scales.ranks.items()}
+        return replace(self, scales=replace(self.scales, ranks=ranks))
 
     def shapes(self, client: str, kinds: frozenset[str]) -> dict[Key, tuple[int, ...]]:
         """The shapes of the tensors of these factors that this client has."""
@@ -95,7 +103,7 @@ def based(method: Method, state: ServerState, replies: Sequence[Reply]) -> Serve
     """The state with the basis that these replies' gradients give, in whatever order they came, as everyone's."""
     ordered = sorted(replies, key=lambda reply: reply.client)
     rank = max(state.scales.ranks.values())
-    return means.share(state, bases.pooled(ordered, method.adapter.basis_factors, rank))
+    return means.share(state, bases.pooled(ordered, method.adapter.from_basis, rank))
 
 
 def sketched(method: Method, state: ServerState, replies: Sequence[Reply]) -> ServerState:

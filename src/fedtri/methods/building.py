@@ -113,7 +113,7 @@ def with_basis(method: Method, basis: str) -> Method:
 
     def plan(round: int) -> Plan:
         own = own_plan(round)
-        return replace(own, down=own.down | parts.basis_factors)
+        return replace(own, down=own.down | parts.from_basis)
 
     own_plan = method.plan
     return replace(method, plan=plan)
@@ -147,14 +147,16 @@ def scope(method: Method) -> str:
 def _with_averages(method: Method) -> Aggregate:
     """The method's aggregation of what is its own, and the mean of a head or magnitudes that travel.
 
-    Here clients get their weights: replies that count alike hold one example each.
+    A head that the method has shared itself stays as it is. Here clients get their weights: replies that count alike
+    hold one example each.
     """
 
     def aggregate(state: ServerState, replies: Sequence[Reply]) -> ServerState:
         up, replies = method.plan(state.round - 1).up, means.counted(replies, method.weights)
         if up - AVERAGED:
             state = method.aggregate(state, replies)
-        if averaged := up & AVERAGED:
+        shared = {key.factor for key, changed in state.deliveries.shared.items() if changed == state.round}
+        if averaged := up & AVERAGED - shared:
             state = means.share(state, means.mean(replies, averaged))
         return state
 

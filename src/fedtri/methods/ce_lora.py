@@ -1,6 +1,7 @@
 """CE-LoRA: only the r x r core travels; client i gets back sum_j w_ij C_j. arXiv:2503.23869.
 
 w_ij ∝ data similarity (optimal transport between sketches) + model similarity (CKA between cores), rows sum to 1.
+With `mixing = "shrunk"` these weights are drawn to those of the plain mean, as far as they predict nothing.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,12 +17,13 @@ from fedtri.messages import Reply
 from fedtri.method import AdapterSpec, Method, Paper, Plan
 from fedtri.similarity.cores import core_similarity
 from fedtri.similarity.distances import data_similarity, extend_distances
-from fedtri.similarity.mixing import row_stochastic
+from fedtri.similarity.mixing import predictive_share, row_stochastic, shrunk
 from fedtri.state import ServerState, Similarity
 
 CHOICES = {
-    "reference": ("init", "raw"),
+    "reference": ("init", "raw", "cosine"),
     "similarity": ("both", "data", "model", "uniform"),
+    "mixing": ("similar", "shrunk"),
 }
 
 
@@ -38,18 +40,23 @@ def ce_lora(
     reference: str = "init",
     frozen: bool = False,
     similarity: str = "both",
+    mixing: str = "similar",
     temperature: float | None = None,
     top_k: int | None = None,
 ) -> Method:
     """Learns A, B, C and H; sends C, receives its own mixture of all cores seen so far; H stays home.
 
-    reference: what CKA compares, C − C_initial ("init", tells clients apart) or C itself ("raw", the paper's letter).
+    reference: what CKA compares, C − C_initial ("init", tells clients apart) or C itself ("raw", the paper's letter);
+    or "cosine", the cosine of C − C_initial, which tells a move from its opposite, as CKA does not.
     frozen: whether A and B stay as they start, the same everywhere, and C starts at 0. False, the paper: they learn at
     home.
-    similarity: both, or an ablation. temperature: softmax(similarity / temperature) in place of plain normalisation.
+    similarity: both, or an ablation.
+    mixing: by similarity ("similar", the paper), or shrunk to the plain mean as far as similarity in one half of the
+    layers does not predict the other half ("shrunk").
+    temperature: softmax(similarity / temperature) in place of plain normalisation.
     top_k: mix only the k most similar clients, oneself among them.
     """
-    for name, value in (("reference", reference), ("similarity", similarity)):
+    for name, value in (("reference", reference), ("similarity", similarity), ("mixing", mixing)):
         if value not in CHOICES[name]:
             raise FedtriError(f"method_options.{name}: expected one of {', '.join(CHOICES[name])}, got {value!r}")
     if temperature is not None and not temperature > 0:
@@ -59,23 +66,33 @@ def ce_lora(
     plan = Plan.of(train="CH" if frozen else "ABCH", up="C", down="C")
     uses_data = similarity in ("both", "data")
 
+    def parts_of(cores: Float[Tensor, "m layers r r"], data: Float[Tensor, "m m"] | None) -> dict[str, Tensor]:
+        """The similarities that count: of the data, where that is asked for, and of these cores."""
+        found = {} if data is None else {"data": data}
+        if similarity in ("both", "model"):
+            # in a frozen basis cores start at 0, so that C itself is what was learned
+            origin = "raw" if frozen or reference == "raw" else "init"
+            found["model"] = core_similarity(cores, reference=origin, signed=reference == "cosine")
+        return found
+
+    def weights_of(parts: Mapping[str, Tensor], m: int) -> Float[Tensor, "m m"]:
+        total = sum(parts.values(), torch.zeros(m, m)) if parts else torch.ones(m, m)
+        return row_stochastic(total, temperature=temperature, top_k=top_k)
+
     def aggregate(state: ServerState, replies: Sequence[Reply]) -> ServerState:
         sent = {reply.client: {key_name(k): v for k, v in reply.up.items() if k.factor == "C"} for reply in replies}
         seen = {**_seen(state), **sent}
         clients, names = sorted(seen), sorted(next(iter(sent.values())))
-        cores = _stacked(seen, clients, names)
-        parts: dict[str, Float[Tensor, "m m"]] = {}
-        if uses_data:
-            parts["data"] = _data(state, clients, clients)
-        if similarity in ("both", "model"):
-            # in a frozen basis cores start at 0, so that C itself is what was learned
-            parts["model"] = core_similarity(cores, reference="raw" if frozen or reference == "raw" else "init")
-        total = torch.ones(len(clients), len(clients)) if similarity == "uniform" else sum(parts.values())
-        assert isinstance(total, Tensor)
-        weights = row_stochastic(total, temperature=temperature, top_k=top_k)
+        cores, m = _stacked(seen, clients, names), len(clients)
+        data, own = _data(state, clients, clients) if uses_data else None, {**state.own, "seen": seen}
+        parts = parts_of(cores, data)
+        weights = weights_of(parts, m)
+        if mixing == "shrunk":
+            halves = [(cores[:, start::2], cores[:, 1 - start :: 2]) for start in (0, 1)] if len(names) > 1 else []
+            share = predictive_share([(weights_of(parts_of(a, data), m), b.flatten(1)) for a, b in halves])
+            weights, own = shrunk(weights, share), {**own, "share": torch.tensor(share)}
         state = means.personalise(state, _mix(clients, names, cores, weights))
-        found = Similarity(tuple(clients), {**parts, "weights": weights})
-        return state.with_(own={**state.own, "seen": seen}, similarity=found)
+        return state.with_(own=own, similarity=Similarity(tuple(clients), {**parts, "weights": weights}))
 
     def welcome(state: ServerState) -> ServerState:
         """Compute newcomers' distances to all; one that joins later starts from the cores mixed by data alone."""
@@ -89,6 +106,8 @@ def ce_lora(
         names = sorted(seen[clients[0]])
         weights = _data(state, newcomers, clients)
         weights = weights / weights.sum(1, keepdim=True)
+        if mixing == "shrunk":
+            weights = shrunk(weights, float(state.own["share"]))
         return means.personalise(state, _mix(newcomers, names, _stacked(seen, clients, names), weights))
 
     return Method(

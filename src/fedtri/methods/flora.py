@@ -22,7 +22,8 @@ PAPER = Paper(
 def flora() -> Method:
     """Learns A, B and H, of any ranks, and sends them; receives the dense running total W and H.
 
-    When a new W arrives, a client starts with a fresh A, drawn for that round, and B = 0.
+    When a new W arrives, and before the first, a client starts with B = 0 and a fresh A, which is drawn for that round
+    and client. So the mean product of a round has as many directions as all clients have together.
     """
     plan = Plan.of(train="ABH", up="ABH", down="WH")
 
@@ -34,7 +35,7 @@ def flora() -> Method:
         return means.share(state, total)
 
     def receive(own: Factors, down: Factors, fresh: Callable[[], Factors]) -> Factors:
-        new = any(key.factor == "W" for key in down)
+        new = any(key.factor == "W" for key in down) or not any(own[key].any() for key in own if key.factor == "B")
         return {**own, **(fresh() if new else {}), **down}
 
     return Method(

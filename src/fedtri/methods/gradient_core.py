@@ -20,5 +20,5 @@ def gradient_core() -> Method:
     def aggregate(state: ServerState, replies: Sequence[Reply]) -> ServerState:
         return means.share(state, means.mean(replies, frozenset("C")))
 
-    adapter = AdapterSpec(basis="gradient", core=True)
+    adapter = AdapterSpec(basis="gradient", core=True, learning_rates={"C": 0.02})
     return Method("gradient_core", PAPER, lambda _: plan, aggregate, adapter=adapter, averages=True)

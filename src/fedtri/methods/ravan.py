@@ -25,7 +25,7 @@ PAPER = Paper(
 )
 
 
-def ravan(*, heads: int = 2) -> Method:
+def ravan(*, heads: int = 4) -> Method:
     """Learns C, S and H; sends and receives S·C as C, and H. S starts each round at 1, H_i at 0.
 
     heads: how many cores a layer has; `rank` is their rank in sum, so one of r = rank / heads sends rank · r numbers.

@@ -91,7 +91,8 @@ def accuracy_by_bytes(run: Run) -> go.Figure:
     rounds, sent = thinned(run.rounds, MOST_POINTS), run.cumulative_bytes
     figure = titled(
         "Accuracy against bytes sent",
-        "Each point is a round. The horizontal axis is what all clients together have sent by then, bases and sketches included. "
+        "Each point is a round. The horizontal axis is what all clients together have sent by then, bases and sketches "
+        "included. "
         "A method that is cheap and accurate rises early.",
         f"Mean accuracy against bytes sent: {amount(sent.iloc[-1] if len(sent) else math.nan)} in all at the end.",
         x="bytes sent by all clients", y="accuracy",

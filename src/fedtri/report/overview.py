@@ -39,7 +39,7 @@ def front(groups: Sequence[Group]) -> go.Figure:
     for i, group in enumerate(groups):
         colour, _, symbol = style(i)
         x, y = sending[i]
-        spread = group.half_interval("mean") if len(group.runs) > 1 else group.standard_error()
+        spread = group.half_interval() if len(group.runs) > 1 else group.standard_error()
         bar = {"color": colour, "thickness": 1.5, "width": 5}
         if i in costs:
             figure.add_scatter(

@@ -17,8 +17,8 @@ from fedtri.report.names import amount, duration, points, share
 from fedtri.report.reading import Run, comparison
 
 COLUMNS = (
-    "method", "data", "partition", "seeds", "accuracy_mean", "accuracy_std", "accuracy_half_interval", "worst_mean",
-    "best_mean", "bytes_up_per_client_round", "bytes_per_client", "bytes_total", "seconds",
+    "method", "data", "partition", "seeds", "accuracy_mean", "accuracy_std", "worst_mean", "best_mean",
+    "bytes_up_per_client_round", "bytes_per_client", "bytes_total", "seconds",
 )  # fmt: skip
 NOT_SETTINGS = {"method", "seed", "out"}
 
@@ -29,7 +29,7 @@ class Group:
 
     method: str
     point: Mapping[str, Any]
-    """The settings in which the compared runs differ."""
+    """The settings in which the compared runs of one method differ."""
     runs: Mapping[int, Run]
 
     @property
@@ -57,10 +57,10 @@ class Group:
         known = _known(self.over_seeds(measure).values())
         return float(np.std(known, ddof=1)) if len(known) > 1 else math.nan
 
-    def half_interval(self, measure: str) -> float:
-        """Half of the 95 % interval of the mean over seeds: t(0.975, n − 1) · std / √n (Student); NaN for one seed."""
-        known = len(_known(self.over_seeds(measure).values()))
-        return float(stats.t.ppf(0.975, known - 1)) * self.std(measure) / math.sqrt(known) if known > 1 else math.nan
+    def half_interval(self) -> float:
+        """Half of the 95 % interval of the mean accuracy over seeds: t(0.975, n − 1) · std / √n; NaN for one seed."""
+        count = len(_known(self.over_seeds("mean").values()))
+        return float(stats.t.ppf(0.975, count - 1)) * self.std("mean") / math.sqrt(count) if count > 1 else math.nan
 
     def standard_error(self) -> float:
         """Of the mean accuracy over clients, in the first seed's run: std(clients) / √clients; NaN for one client."""
@@ -86,7 +86,7 @@ class Difference:
 
 
 def grouped(runs: Sequence[Run]) -> list[Group]:
-    """The runs by method and by the settings that differ among them, in the order given."""
+    """The runs by method and by the settings in which runs of one method differ, in the order given."""
     settings = [_flat(run.config) for run in runs]
     methods = [run.method for run in runs]
     names = sorted({key for own in settings for key in own})
@@ -143,7 +143,6 @@ def frame(groups: Sequence[Group], keys: Sequence[str] = ()) -> pd.DataFrame:
             "seeds": len(group.runs),
             "accuracy_mean": group.mean("mean"),
             "accuracy_std": group.std("mean"),
-            "accuracy_half_interval": group.half_interval("mean"),
             "worst_mean": group.mean("worst"),
             "best_mean": group.mean("best"),
             "bytes_up_per_client_round": group.mean("bytes_up"),
@@ -161,47 +160,57 @@ def frame(groups: Sequence[Group], keys: Sequence[str] = ()) -> pd.DataFrame:
 
 def readable(groups: Sequence[Group], baseline: str | None = None) -> pd.DataFrame:
     """The table for people, with text in every cell; `caption` explains it."""
-    against = baselines(groups, baseline)
+    against, most = baselines(groups, baseline), dearest(groups)
     heading = f"less {_paper(groups, baseline)}"
     rows = []
     for group, other in zip(groups, against, strict=True):
-        half, bytes_ = group.half_interval("mean"), group.mean("bytes_per_client")
-        rows.append({
+        half = group.half_interval()
+        row = {
             "method": group.label,
             "seeds": str(len(group.runs)),
             "accuracy": share(group.mean("mean")) + (f" ± {share(half)}" if math.isfinite(half) else ""),
             heading: "baseline" if other is group else "–" if other is None else str(paired(group, other)),
-            "bytes a client": amount(bytes_),
-            "fewer bytes": "" if other is group else "–" if other is None else fewer(bytes_, other),
-            "worst": share(group.mean("worst")),
-            "best": share(group.mean("best")),
-            "up": amount(group.mean("bytes_up")),
-            "down": amount(group.mean("bytes_down")),
-            "total": amount(group.mean("bytes_total")),
-            "time": duration(group.mean("seconds")),
-        })  # fmt: skip
+        }
+        if most is not None and most not in against:
+            row[f"less {most.label}"] = "–" if group is most else str(paired(group, most))
+        row |= {"worst": share(group.mean("worst")), "bytes a client": amount(group.mean("bytes_per_client"))}
+        if most is not None:
+            own = group.mean("bytes_per_client")
+            times = f"{most.mean('bytes_per_client') / own:.3g} times" if own > 0 else "–"
+            row[f"fewer than {most.label}"] = "–" if group is most else times
+        rows.append(row | {"time": duration(group.mean("seconds"))})
     return pd.DataFrame(rows)
 
 
-def fewer(own: float, baseline: Group) -> str:
-    """How many times fewer bytes than the baseline's; "none" for no bytes."""
-    other = baseline.mean("bytes_per_client")
-    if not own:
-        return "none sent"
-    return f"{other / own:.3g}×" if other > 0 and math.isfinite(own) else "–"
+def dearest(groups: Sequence[Group]) -> Group | None:
+    """The group whose clients moved the most bytes, if it is at least twice as many as those of another."""
+    sizes = [group.mean("bytes_per_client") for group in groups]
+    known = _known(sizes)
+    return groups[sizes.index(max(known))] if known and max(known) >= 2 * min(known) else None
+
+
+def own_settings(groups: Sequence[Group]) -> str:
+    """In which settings methods differ from each other, a clause a method; empty where in none."""
+    flat = {group.paper: _flat(next(iter(group.runs.values())).config) for group in groups}
+    keys = sorted({key for own in flat.values() for key in own if not key.startswith("method_options.")})
+    points = {key for group in groups for key in group.point}
+    differ = [key for key in keys if len({str(own.get(key)) for own in flat.values()}) > 1 and key not in points]
+    said = [f"{paper}: " + ", ".join(f"{key} {own.get(key)}" for key in differ) for paper, own in flat.items()]
+    return f"Settings that differ: {'; '.join(said)}." if differ else ""
 
 
 def caption(groups: Sequence[Group], baseline: str | None = None) -> str:
     """What the numbers of `readable` are, and what can be concluded from them."""
     other = _paper(groups, baseline)
     text = (
-        "Accuracy on each client's own test examples: mean over clients, ± the 95 % interval of the mean over seeds. "
-        f"Less {other}: the difference in percentage points, paired by seed, with its 95 % interval where there are "
-        "two seeds or more. Bytes a client: in the whole run, both ways, with what is sent once (sketches, bases). "
-        f"Fewer bytes: how many times fewer than {other}. Worst and best: the client. Up and down: bytes per client and round. "
-        "Total: all bytes of all clients."
+        "Accuracy on each client's own test examples: mean over clients (± half of its 95 % interval over seeds), and "
+        f"the worst client. Less {other}: the difference in percentage points, paired by seed, with its 95 % interval "
+        "where there are two seeds or more. Bytes a client: all it sent and received in the whole run, bases and "
+        "sketches too."
     )
-    text = f"{text}{_footing(groups)}"
+    if settings := own_settings(groups):
+        text += f" {settings}"
+    text += _footing(groups)
     if all(len(group.runs) == 1 for group in groups):
         return f"{text} One seed: there is no interval, and small differences say nothing; add --seeds 0,1,2."
     return f"{text} An interval that holds 0 shows no difference."
@@ -267,8 +276,6 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _differs(key: str, methods: Sequence[str], settings: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether runs differ in this setting. An option of a method counts only if runs of that method differ in it."""
+    """Whether runs of one method differ in this setting. What only methods differ in belongs to the method."""
     values = [str(own.get(key)) for own in settings]
-    if not key.startswith("method_options."):
-        return len(set(values)) > 1
     return any(len({v for v, m in zip(values, methods, strict=True) if m == method}) > 1 for method in set(methods))

@@ -101,6 +101,8 @@ def plan(
     if baseline is not None and baseline not in names:
         raise FedtriError(f"--baseline: expected one of the compared methods ({', '.join(names)}), got {baseline!r}")
     clean = _clean_names(names)
+    for name in configuration.read(config).get("methods", {}) if config else ():
+        methods.find(name if name not in clean.values() else next(one for one in names if clean[one] == name))
     grid = dict(grid or {})
     members: dict[str, Member] = {}
     for values in itertools.product(*grid.values()):

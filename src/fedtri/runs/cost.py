@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fedtri.communication.codec import GRADIENT
 from fedtri.communication.compression import FLOAT32, Types
-from fedtri.communication.numbers import NUMBERS
+from fedtri.communication.numbers import NUMBERS, PLAIN
 from fedtri.config import validated
 from fedtri.errors import FedtriError
 from fedtri.methods import METHODS, build
@@ -64,8 +64,8 @@ def costs(
         FedtriError: For a model, target or number type that is not known.
     """
     for option, name in asdict(wire).items():
-        if name not in NUMBERS:
-            raise FedtriError(f"--{option}: expected one of {', '.join(NUMBERS)}, got {name!r}")
+        if name not in (known := [one.name for one in PLAIN]):
+            raise FedtriError(f"--{option}: expected one of {', '.join(known)}, got {name!r}")
     names = [str(number) for number in range(labels or 0)]
     chosen = targets if isinstance(targets, str) else list(targets)
     plain = skeleton(model, build_task(task), labels)
@@ -89,9 +89,9 @@ def _once(spec: Spec) -> list[int]:
     parts = spec.method.adapter
     if parts.basis != "gradient":
         return []
-    shapes = spec.layout.shapes(spec.largest_rank)
-    travelling = [*spec.layout.keys(GRADIENT), *spec.layout.keys(parts.basis_factors)]
-    return [math.prod(shapes[key]) for key in travelling]
+    own, few = (spec.layout.shapes(min(spec.largest_rank, most)) for most in (spec.largest_rank, spec.gradient_factors))
+    up = [few[key] for key in spec.layout.keys(GRADIENT)]
+    return [math.prod(shape) for shape in [*up, *(own[key] for key in spec.layout.keys(parts.from_basis))]]
 
 
 def _sent(spec: Spec, rounds: int) -> tuple[tuple[int, int], tuple[int, int]]:

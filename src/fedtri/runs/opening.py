@@ -157,6 +157,7 @@ def open_site(
         sketch_dims=spec.sketch.features if spec.sketch.half else 0,
         classes=data.classes,
         basis_examples=spec.basis_examples,
+        gradient_factors=spec.gradient_factors,
         evaluate=spec.schedule.evaluate,
         fits_heads=spec.fits_heads,
         validate=spec.validates,
@@ -195,12 +196,12 @@ def _keeping(spec: Spec, machine: Machine, data: Data, folder: Path) -> Keeping 
 
 
 def _fresh(spec: Spec) -> Callable[[str, int], dict[Key, Tensor]]:
-    """A new draw of a client's A, C and B for a round, the same for all clients of one rank."""
+    """A new draw of a client's A, C and B for a round: each client has its own."""
     parts = spec.method.adapter
 
     def draw(client: str, round: int) -> dict[Key, Tensor]:
         rank = spec.scales.ranks[client]
-        seed = derive(spec.seed, "fresh", round)
+        seed = derive(spec.seed, "fresh", round, client)
         return initial_factors(spec.layout, {}, rank=rank, seed=seed, basis=parts.basis, core=parts.core)
 
     return draw

@@ -24,7 +24,7 @@ from fedtri.adapters.layout import FACTORS, Layer, Layout
 from fedtri.aggregation import server_optimizers
 from fedtri.communication.codec import Codec, SketchSize
 from fedtri.communication.compression import Types
-from fedtri.communication.numbers import NUMBERS
+from fedtri.communication.numbers import MIXED, NUMBERS
 from fedtri.config import Config
 from fedtri.config.schema import ModelOptions, Wire
 from fedtri.errors import FedtriError
@@ -78,6 +78,8 @@ class Spec:
     """A PEFT adapter to start from."""
     basis_examples: int
     """From how many training examples a client computes its gradient for a basis, at most."""
+    gradient_factors: int
+    """How many leading factors of that gradient it sends, at most its rank."""
     fingerprint: bytes
     """8 bytes that differ where any setting differs that both ends must share."""
     method: Method = field(compare=False, repr=False)
@@ -102,15 +104,16 @@ class Spec:
     @property
     def codec(self) -> Codec:
         """How this federation's messages become bytes."""
-        expected, wire = Expectation(self.layout, self.scales, self.wire.norm_bound), self.wire
-        parts = self.method.adapter
-        bases = parts.basis_factors if parts.basis == "gradient" else frozenset[str]()
+        expected, wire = Expectation(self.layout, self.scales, self.wire.norm_bound, self.gradient_factors), self.wire
+        once = MIXED[wire.basis].name if wire.basis in MIXED else wire.basis
+        types, parts = Types(wire.up, wire.down, once), self.method.adapter
+        bases = parts.from_basis if parts.basis == "gradient" else frozenset[str]()
         of_rank = functools.cache(functools.partial(
             derived_factors, self.layout, seed=self.seed, basis=parts.basis, core=parts.core,
             given=self.init_adapter is not None,
         ))  # fmt: skip
         return Codec(
-            expected, self.method.plan, Types(wire.up, wire.down, wire.basis), self.sketch,
+            expected, self.method.plan, types, self.sketch,
             lambda client: of_rank(self.scales.ranks[client]), bases, self.fingerprint,
         )  # fmt: skip
 
@@ -185,6 +188,7 @@ def spec_of(
         fits_heads=config.head_start == "fit",
         init_adapter=config.init_adapter,
         basis_examples=config.basis_examples,
+        gradient_factors=config.basis_factors,
         fingerprint=fingerprint_of(config),
         method=method,
         recipe=recipe,

@@ -1,4 +1,10 @@
-"""From similarities to mixing weights: w_ij ∝ similarity_ij, each row sums to 1 (CE-LoRA, arXiv:2503.23869)."""
+"""From similarities to mixing weights: w_ij ∝ similarity_ij, each row sums to 1 (CE-LoRA, arXiv:2503.23869).
+
+Shrunk weights are (1 − λ) / m + λ w_ij, with λ as large as the weights have shown to predict a client from the others;
+at λ = 0 they are those of the plain mean. Ours.
+"""
+
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
@@ -39,3 +45,33 @@ def row_stochastic(
         else:
             rows.copy_((rows / temperature).softmax(1))
     return weights
+
+
+def shrunk(weights: Float[Tensor, "n m"], share: float) -> Float[Tensor, "n m"]:
+    """(1 − λ) / m + λ w_ij, λ = `share` in [0, 1]: from the plain mean to the weights."""
+    return (1 - share) / weights.shape[1] + share * weights
+
+
+def predictive_share(trials: Sequence[tuple[Float[Tensor, "m m"], Float[Tensor, "m d"]]]) -> float:
+    """λ in [0, 1]: how far the weights predict each client better than the plain mean of the others does.
+
+    With w'_ij the weights of row i over the others alone, s_i = Σ_{j≠i} w'_ij x_j and m_i the mean of x_j, j ≠ i, λ
+    minimises Σ_i ‖x_i − (1 − λ) m_i − λ s_i‖²: λ = Σ⟨x_i − m_i, s_i − m_i⟩ / Σ‖s_i − m_i‖². Where the weights say
+    nothing of the clients, its expectation is 0; λ = 0 too where no client has others.
+
+    Args:
+        trials: (weights, x) with weights that were found without this x. If they were found from x itself, they
+            would predict its noise, too.
+    """
+    gained, spread = 0.0, 0.0
+    for weights, x in trials:
+        m, others = len(x), weights.double() * (1 - torch.eye(len(x), dtype=torch.float64))
+        total = others.sum(1, keepdim=True)
+        rows, x = (total > 0)[:, 0], x.double()
+        if m < 2 or not rows.any():
+            continue
+        mean = (x.sum(0) - x) / (m - 1)
+        apart = (others[rows] / total[rows]) @ x - mean[rows]
+        gained += float(((x - mean)[rows] * apart).sum())
+        spread += float(apart.square().sum())
+    return min(max(gained / spread, 0.0), 1.0) if spread > 0 else 0.0
