@@ -32,7 +32,7 @@ RESUMED = "a run that is stopped and resumed equals one that never was"
 TRAVELS = "only the plan travels, and what is counted was encoded"
 MOVES = "every factor that learns moves, and no other"
 ALIVE = "no aggregation leaves a pair of A and B that cannot learn"
-BASED = [UPDATE, "only the plan travels, and what is counted was encoded", ALIVE, EXECUTORS, RESUMED, EXPORT]
+BASED = [UPDATE, TRAVELS, ALIVE, EXECUTORS, RESUMED, EXPORT]
 """The laws that a phase before the first round could break."""
 VARIANTS: list[tuple[str, Callable[[], Method], dict[str, Any], Sequence[str]]] = [
     ("ce_lora in a frozen basis", functools.partial(METHODS["ce_lora"], frozen=True), {}, list(BY_NAME)),

@@ -124,8 +124,8 @@ def test_the_server_always_knows_what_a_client_has(down, tmp_path):
 
 
 def test_what_comes_up_is_added_to_what_the_server_has_not_to_what_the_client_has(tmp_path):
-    """By hand, one bit both ways: s = 4 and -2, h = 0. The client is sent Q = ±3 and adds 1: the server takes s + 1 = 5 and
-    -1, not h + 1 = 4 and -2. Seen to fail with the reference of the client: s − h would be forgotten in every round.
+    """By hand, one bit both ways: s = 4 and -2, h = 0. The client is sent Q = ±3 and adds 1: the server takes s + 1 = 5
+    and -1, not h + 1 = 4 and -2. Seen to fail with the reference of the client: s − h would be forgotten each round.
     """
     layout = Layout((Layer("l", 2, 1),), ())
     expected, key = Expectation(layout, Scales(1.0, {"a": 1})), Key("l", "A")
@@ -143,8 +143,8 @@ def test_what_comes_up_is_added_to_what_the_server_has_not_to_what_the_client_ha
 
 @pytest.mark.parametrize("used", [True, False])
 def test_a_request_that_is_asked_again_is_answered_by_the_same_bytes(used, tmp_path):
-    """Whether the first answer was lost, or the server goes on from it. Seen to fail with the state before a request not
-    kept, and with the one after it taken for the one before."""
+    """Whether the first answer was lost, or the server goes on from it. Seen to fail with the state before a request
+    not kept, and with the one after it taken for the one before."""
     ends = Ends(codec_of("sign", "int4", plan=AB), ClientStore(tmp_path), drawn(0))
     ends.ask(0, small(1), drawn(10))
     first = ends.ask(1, small(2), drawn(11), used=used)
@@ -187,7 +187,7 @@ def test_so_does_one_that_is_sent_values_and_has_none_of_its_own(tmp_path):
 
 
 def test_what_neither_end_can_derive_goes_whole_at_first(tmp_path):
-    """The head's first value in the type `basis`, its next one as a difference; A and B as differences from the start."""
+    """The head's first value in the type `basis`, the next as a difference; A and B as differences from the start."""
     ends = Ends(codec_of("sign", "sign", "float16"), ClientStore(tmp_path), {})
     traffic = ends.codec.traffic
     assert traffic.ways([A, H], "sign", [A]) == {A: Way("sign", True), H: Way("float16")}
@@ -255,11 +255,13 @@ def test_a_difference_to_nothing_is_refused(tmp_path):
     ("values", "why"),
     [
         ({A: torch.full((2, 6), 1e5)}, r"^a: A of one holds 1e\+05, expected numbers up to 65504, .* set wire.down"),
-        ({H: torch.ones(3, 5, dtype=torch.int64)}, "H of head.weight holds int64 numbers, expected floating-point ones"),
+        (
+            {H: torch.ones(3, 5, dtype=torch.int64)},
+            "H of head.weight holds int64 numbers, expected floating-point ones",
+        ),
     ],
     ids=["float16", "integers"],
 )
 def test_what_a_number_type_cannot_bear_is_said_in_one_line(values, why):
     with pytest.raises(FedtriError, match=why):
         codec_of(down="float16").write_request(Request("train", 0, "a", values))
-

@@ -31,7 +31,8 @@ def message(kinds: str, seed: int = 0) -> framing.Message:
 
 
 SOURCES = [framing.encode(message(kinds, i), LAYOUT, dtype, SEAL) for i, (kinds, dtype) in enumerate(
-    [("C", "float32"), ("ABH", "float32"), ("ABC", "int8"), ("AB", "float16"), ("", "float32"), ("BH", "int4"), ("ACB", "sign")]
+    [("C", "float32"), ("ABH", "float32"), ("ABC", "int8"), ("AB", "float16"), ("", "float32"), ("BH", "int4"),
+     ("ACB", "sign")]
 )]  # fmt: skip
 KEYS = LAYOUT.keys(frozenset(FACTORS))
 

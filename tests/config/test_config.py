@@ -197,7 +197,7 @@ def test_a_methods_own_table_holds_for_that_method_alone(tmp_path):
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("[methods.fed_sb]\nrnak = 3", r"methods\.fed_sb: rnak: unknown key; did you mean rank\?$"),
+        ("[methods.fed_sb]\nrnak = 3", r"\[methods\.fed_sb\]: rnak: unknown key; did you mean rank\?$"),
         ("[methods.fed_sb]\nseed = 3", r"methods\.fed_sb\.seed: is the same for all methods; leave it out$"),
         ("[methods]\nfed_sb = 3", r"methods: expected a table for each method"),
     ],

@@ -146,7 +146,7 @@ class Similarity(Strict):
     Features are projected to `sketch_dims` random directions and sent in float16; 0: all of them, in float32.
     """
 
-    sketch_dims: Annotated[int, Field(ge=0)] = 32
+    sketch_dims: Annotated[int, Field(ge=0)] = 128
 
 
 class ServerOptions(Strict):
@@ -245,26 +245,53 @@ def load(path: str | Path | None = None, settings: Sequence[str] = (), **flags: 
     Raises FedtriError naming the file, the key, what was expected and what was found.
     """
     values = {} if path is None else read(path)
+    where = "config" if path is None else str(path)
     given = {f"--{key}": (key, value) for key, value in flags.items() if value is not None}
     given |= {f"--set {key}": (key, value) for key, value in map(parse_setting, settings)}
     asked = dict(given.values())
+    for origin, (key, value) in given.items():
+        if key.startswith("methods."):
+            _put(values, key, value, origin)
+    given = {origin: one for origin, one in given.items() if not one[0].startswith("methods.")}
+    values = for_method(values, str(asked.get("method", values.get("method", Config().method))), where)
     if {"steps", "epochs"} <= set(asked):
         raise FedtriError("--set steps, --set epochs: both are given, expected one of them; leave the other out")
     # what is asked for replaces what the file says of the same matter
     replaced = {"steps": "epochs", "epochs": "steps"}
     if str(asked.get("partition")).startswith("natural:") and "clients" not in asked:
         replaced["partition"] = "clients"
-    for origin, (key, value) in given.items():
-        if key.startswith("methods."):
-            _put(values, key, value, origin)
-    where = "config" if path is None else str(path)
-    values = _for_method(values, str(asked.get("method", values.get("method", Config().method))), where)
-    given = {origin: one for origin, one in given.items() if not one[0].startswith("methods.")}
     for key in replaced.keys() & asked.keys():
         values.pop(replaced[key], None)
     for origin, (key, value) in given.items():
         _put(values, key, value, origin)
     return validated(values, where, {key: origin for origin, (key, _) in given.items()})
+
+
+def for_method(values: Mapping[str, Any], method: str, where: str) -> dict[str, Any]:
+    """A file's values with those of its table [methods.METHOD] over them, and without the tables of other methods.
+
+    Raises FedtriError where one of these tables, whosever it is, does not fit into a configuration.
+    """
+    tables, values = values.get("methods", {}), {key: value for key, value in values.items() if key != "methods"}
+    if not isinstance(tables, dict) or not all(isinstance(own, dict) for own in tables.values()):
+        raise FedtriError(f"{where}: methods: expected a table for each method, such as [methods.fed_sb]")
+    for name, own in tables.items():
+        if fixed := own.keys() & {"method", "methods", "seed", "out", "clients", "partition", "data"}:
+            raise FedtriError(f"{where}: methods.{name}.{min(fixed)}: is the same for all methods; leave it out")
+        validated(_over(values, own), f"{where} [methods.{name}]")
+    return _over(values, tables.get(method.rpartition(":")[2], {}))
+
+
+def _over(values: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """`own` over `values`, tables key by key; steps take the place of epochs, and the other way round."""
+    kept = dict(values)
+    for key, other in (("steps", "epochs"), ("epochs", "steps")):
+        if key in own:
+            kept.pop(other, None)
+    for key, value in own.items():
+        both = isinstance(value, dict) and isinstance(kept.get(key), dict)
+        kept[key] = _over(kept[key], value) if both else value
+    return kept
 
 
 def read(path: str | Path) -> dict[str, Any]:
@@ -305,32 +332,6 @@ def parse_setting(text: str) -> tuple[str, Any]:
 def dumps(config: Config) -> str:
     """The complete configuration as TOML, defaults filled in; keys that are not set are left out."""
     return tomli_w.dumps(config.model_dump(exclude_none=True))
-
-
-def _for_method(values: Mapping[str, Any], method: str, where: str) -> dict[str, Any]:
-    """The file's values for this method: those of its own table over the others, and no tables of methods any more."""
-    rest = dict(values)
-    tables = rest.pop("methods", {})
-    if not isinstance(tables, dict) or not all(isinstance(own, dict) for own in tables.values()):
-        raise FedtriError(f"{where}: methods: expected a table for each method, such as [methods.fed_sb]")
-    for name, own in tables.items():
-        if forbidden := own.keys() & {"method", "methods", "seed", "out", "clients", "partition", "data"}:
-            raise FedtriError(f"{where}: methods.{name}.{min(forbidden)}: is the same for all methods; leave it out")
-        validated(_merged(rest, own), f"{where}: methods.{name}")
-    # a method from a file is called by its function's name
-    return _merged(rest, tables.get(method, tables.get(method.rpartition(":")[2], {})))
-
-
-def _merged(values: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """The values with others over them, table by table. Steps replace epochs, and epochs steps."""
-    found = dict(values)
-    for one, other in (("steps", "epochs"), ("epochs", "steps")):
-        if one in over:
-            found.pop(other, None)
-    for key, value in over.items():
-        old = found.get(key)
-        found[key] = _merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
-    return found
 
 
 def _put(values: dict[str, Any], key: str, value: object, origin: str) -> None:

@@ -31,13 +31,13 @@ class Found:
 def load(config: Config, client: str, cache: Path, recipe: Recipe, processor: Any) -> Found:
     """The site's examples: from the cache, where that was made of the same data, model and settings."""
     name = digest(config, client)
-    path = cache / f"{name}.npz"
+    path, sketch = cache / f"{name}.npz", cache / f"{name}.{config.similarity.sketch_dims}.sketch"
     if recipe.kept is None:
         made = _made(config, recipe, processor)
         return Found(
             made,
             _split(config, client, len(made.lengths)),
-            path.with_suffix(f".{config.similarity.sketch_dims}.sketch"),
+            sketch,
         )
     if not path.exists():
         made = _made(config, recipe, processor)
@@ -47,7 +47,7 @@ def load(config: Config, client: str, cache: Path, recipe: Recipe, processor: An
     return Found(
         whole(recipe.kept, arrays, "examples."),
         whole(Split, arrays, "split."),
-        path.with_suffix(f".{config.similarity.sketch_dims}.sketch"),
+        sketch,
     )
 
 
