@@ -125,7 +125,7 @@ def test_the_server_always_knows_what_a_client_has(down, tmp_path):
 
 def test_what_comes_up_is_added_to_what_the_server_has_not_to_what_the_client_has(tmp_path):
     """By hand, one bit both ways: s = 4 and -2, h = 0. The client is sent Q = ±3 and adds 1: the server takes s + 1 = 5
-    and -1, not h + 1 = 4 and -2. Seen to fail with the reference of the client: s − h would be forgotten in every round.
+    and -1, not h + 1 = 4 and -2. Seen to fail with h as the reference: s − h would be forgotten in every round.
     """
     layout = Layout((Layer("l", 2, 1),), ())
     expected, key = Expectation(layout, Scales(1.0, {"a": 1})), Key("l", "A")
