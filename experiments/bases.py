@@ -104,32 +104,8 @@ def sign(*, rows: bool) -> Callable[[Tensor], Tensor]:
     return lambda x: x.sign() * (x.abs().mean(1, keepdim=True) if rows else x.abs().mean())
 
 
-def clipped(x: Tensor) -> Tensor:
-    """int4 of a tensor with the largest numbers cut off where that lessens the squared error."""
-    scales = [cut * x.abs().amax() / 7 for cut in (1, 0.9, 0.8, 0.7, 0.6, 0.5)]
-    found = [(x / s).round().clamp(-7, 7) * s for s in scales]
-    return min(found, key=lambda y: float((x - y).square().sum()))
-
-
-def spread(number: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """The tensor's numbers mixed by a public orthogonal transform before they are rounded, and unmixed after: random
-    signs and a Hartley transform, twice. Rounding then meets numbers of one size (DRIVE, arXiv:2105.08339)."""
-
-    def rounded(x: Tensor) -> Tensor:
-        n = x.numel()
-        one, two = ((torch.rand(n, generator=generator(5, str(i)), dtype=x.dtype) < 0.5) * 2 - 1 for i in (0, 1))
-        mixed = hartley(hartley(x.flatten() * one) * two)
-        return (hartley(hartley(number(mixed[None])[0]) * two) * one).reshape(x.shape)
-
-    return rounded
-
-
-def hartley(x: Tensor) -> Tensor:
-    """Its own inverse, of any length."""
-    found = torch.fft.fft(x)
-    return (found.real - found.imag) / x.numel() ** 0.5
-
-
+WIRE = ("int4", "int4_mixed", "sign_mixed")
+"""Number types of the wire; the mixed ones are what [wire] basis = "int4" and "sign" mean."""
 TYPES: dict[str, Callable[[Tensor], Tensor]] = {
     "float32": lambda x: x,
     "float16": float16,
@@ -138,9 +114,7 @@ TYPES: dict[str, Callable[[Tensor], Tensor]] = {
     "int4 a row": grid(4, rows=True),
     "sign a tensor": sign(rows=False),
     "sign a row": sign(rows=True),
-    "int4 clipped a tensor": clipped,
-    "int4 spread": spread(clipped),
-    "sign spread": spread(sign(rows=False)),
+    **{name: (lambda x, name=name: NUMBERS[name].rounded(x.float()).double()) for name in WIRE},
 }
 
 
@@ -283,13 +257,13 @@ def variants(of: argparse.Namespace, seed: int, folder: str) -> dict[str, tuple[
         return kept[0]
 
     def again(name: str) -> Bases:
-        return orthonormal(rounded(pooled(own(), 16, 4, NUMBERS[name].rounded), NUMBERS[name].rounded))
+        return orthonormal(rounded(pooled(own(), 16, 4, TYPES[name]), TYPES[name]))
 
     found: dict[str, tuple[dict, Callable[[], Bases] | None]] = {
         "gradient": (core, None),
         "gradient in int4 both ways": ({**core, "wire.basis": "int4"}, None),
         "gradient in sign both ways": ({**core, "wire.basis": "sign"}, None),
-        "gradient in int4 both ways, orthonormalised after": (core, lambda: again("int4")),
+        "gradient in int4 both ways, orthonormalised after": (core, lambda: again("int4_mixed")),
         "fedit": (lora, None),
         "fedit, A from the gradient": ({**lora, "basis": "gradient"}, None),
         "orthonormal": ({**core, "basis": "orthonormal"}, None),

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from fedtri import LocalRound, Method, Paper, Plan, Reply, ServerState, Update, mean, share, train_steps
-from fedtri.communication.numbers import NUMBERS
+from fedtri.communication.numbers import PLAIN
 from fedtri.config import Config
 from fedtri.methods import METHODS, as_run
 from fedtri.runs import lifecycle
@@ -46,14 +46,14 @@ VARIANTS: list[tuple[str, Callable[[], Method], dict[str, Any], Sequence[str]]] 
     ("fedit with personal heads", METHODS["fedit"], {"head": "personal"}, [UPDATE, MOVES, RESUMED]),
     ("fedit by DoRA", METHODS["fedit"], {"adapter": "dora"}, [UPDATE, MOVES, EXECUTORS, EXPORT]),
     ("fedit by HiRA", METHODS["fedit"], {"adapter": "hira"}, [UPDATE, MOVES, EXECUTORS, EXPORT]),
-    *((f"fedit in {name}", METHODS["fedit"], {"wire": {"up": name, "down": name, "basis": name}}, [RESUMED])
-      for name in NUMBERS),
-    *((f"{name} in one bit", METHODS[name], {"wire": {"up": "sign", "down": "sign"}}, [RESUMED, TRAVELS])
-      for name in ("ce_lora", "flora", "rolora", "gradient_core")),
     ("ce_lora by cosine, shrunk", functools.partial(METHODS["ce_lora"], reference="cosine", mixing="shrunk"), {}, [
         UPDATE, EXECUTORS, RESUMED]),
     ("flexlora split as its authors do", functools.partial(METHODS["flexlora"], split="orthonormal"), {}, [
         UPDATE, ALIVE, EXECUTORS]),
+    *((f"fedit in {kind.name}", METHODS["fedit"], {"wire": dict.fromkeys(("up", "down", "basis"), kind.name)}, [RESUMED])
+      for kind in PLAIN),
+    *((f"{name} in one bit", METHODS[name], {"wire": {"up": "sign", "down": "sign"}}, [RESUMED, TRAVELS])
+      for name in ("ce_lora", "flora", "rolora", "gradient_core")),
     ("flexlora aligned", functools.partial(METHODS["flexlora"], align=True), {}, [UPDATE, EXECUTORS]),
 ]  # fmt: skip
 

@@ -51,7 +51,7 @@ def test_it_is_what_a_run_sends_as_payload(lab, tmp_path, monkeypatch, method):
 
 @pytest.mark.parametrize("method", ["fedit", "flora", "gradient_core"])
 def test_so_it_is_in_few_bits(method, lab, tmp_path, monkeypatch):
-    """One bit up, four down, a basis and a head's first value in float16. Seen to fail with all of it in one type."""
+    """One bit up, four down, a basis and a head's first value in float16. Seen to fail with one type for all."""
     sizes = []
     encode = framing.encode
 

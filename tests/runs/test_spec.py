@@ -89,6 +89,7 @@ KEYS: dict[str, tuple[Any, str]] = {
     "wire.down": ("sign", "wire"),
     "wire.up": ("int8", "wire"),
     "wire.norm_bound": (5.0, "wire"),
+    "similarity.sketch_dims": (3, "sketch"),
     "server.optimizer": ("fedavgm", ALWAYS),
     "server.learning_rate": (0.5, ALWAYS),
     "server.betas": ([0.5, 0.5], ALWAYS),
@@ -104,6 +105,7 @@ KEYS: dict[str, tuple[Any, str]] = {
 NO_COLUMNS = {"columns.text": None, "columns.label": None}
 CONTEXT: dict[str, dict[str, Any]] = {
     "head_start": {"head": "personal"},
+    "similarity.sketch_dims": {"method": "ce_lora"},
     "method_options": {"method": "ce_lora"},
     "task_options": {"task": "causal_lm", "model": "{language}", **NO_COLUMNS},
 }
