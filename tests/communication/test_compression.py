@@ -12,7 +12,7 @@ from fedtri.communication.codec import Codec
 from fedtri.communication.compression import Traffic, Types, with_feedback
 from fedtri.communication.framing import NOTHING, Way
 from fedtri.communication.memory import BehindError
-from fedtri.communication.numbers import NUMBERS
+from fedtri.communication.numbers import PLAIN
 from fedtri.errors import FedtriError
 from fedtri.federation.server import Expectation
 from fedtri.messages import Held, Reply, Request
@@ -24,7 +24,7 @@ from tiny import assert_same
 LAYOUT = Layout((Layer("one", 6, 5),), (("head.weight", (3, 5)),))
 EXPECTED = Expectation(LAYOUT, Scales(4.0, {"a": 2, "b": 2}), norm_bound=1e6)
 SHAPES = EXPECTED.shapes("a", frozenset("ABH"))
-LOSSY = [name for name, kind in NUMBERS.items() if kind.lossy]
+LOSSY = [kind.name for kind in PLAIN if kind.lossy]
 A, B, H = Key("one", "A"), Key("one", "B"), Key("head.weight", "H")
 
 
@@ -210,6 +210,24 @@ def test_what_only_goes_up_is_sent_whole_and_leaves_nothing(tmp_path):
     ends.ask(0, small(1))
     assert ends.memory.lost == {}
     assert ends.codec.traffic.ways([A], "int4", [A]) == {A: Way("int4")}
+
+
+def test_what_a_reply_leaves_out_keeps_what_it_has_lost(tmp_path):
+    """A and B take turns: B's loss of round 1 is still there in round 3. Seen to fail with the losses of this reply
+    alone kept, so that of two factors that take turns neither would ever have any.
+    """
+    turns = replace(codec_of("int8"), plan=lambda round: Plan.of("AB", "AB"[round % 2], "AB"))
+    ends = Ends(turns, ClientStore(tmp_path), drawn(0))
+    total = {key: torch.zeros_like(value) for key, value in drawn(0).items()}
+    moves = {key: torch.zeros_like(value) for key, value in total.items()}
+    for value in moves.values():
+        value[0, 0], value[0, 1] = 1.0, 0.003
+    for round in range(40):
+        reply = ends.ask(round, {key: value for key, value in moves.items() if key.factor == "AB"[round % 2]}, drawn(5))
+        for key, value in reply.up.items():  # pyright: ignore[reportOptionalMemberAccess]
+            total[key] += value - drawn(5)[key]
+    for value in total.values():
+        assert float(value[0, 1]) == pytest.approx(20 * 0.003, abs=1 / 127)
 
 
 def test_a_basis_that_never_learns_travels_once_in_its_own_type():
