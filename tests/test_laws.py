@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from fedtri import LocalRound, Method, Paper, Plan, Reply, ServerState, Update, mean, share, train_steps
+from fedtri.communication.numbers import PLAIN
 from fedtri.config import Config
 from fedtri.methods import METHODS, as_run
 from fedtri.runs import lifecycle
@@ -27,11 +28,12 @@ MAIN = ("fedit", "ce_lora")
 BY_NAME = {law.name: law for law in laws}
 EXPORT, UPDATE = "an exported adapter gives the client's own answers", "identical replies aggregate to the same update"
 EXECUTORS = "every executor gives a client the same result"
+WIRE = ("up", "down", "basis")
 RESUMED = "a run that is stopped and resumed equals one that never was"
-ALIVE = "no aggregation leaves a pair of A and B that cannot learn"
+TRAVELS = "only the plan travels, and what is counted was encoded"
 MOVES = "every factor that learns moves, and no other"
 ALIVE = "no aggregation leaves a pair of A and B that cannot learn"
-BASED = [UPDATE, "only the plan travels, and what is counted was encoded", ALIVE, EXECUTORS, RESUMED, EXPORT]
+BASED = [UPDATE, TRAVELS, ALIVE, EXECUTORS, RESUMED, EXPORT]
 """The laws that a phase before the first round could break."""
 VARIANTS: list[tuple[str, Callable[[], Method], dict[str, Any], Sequence[str]]] = [
     ("ce_lora in a frozen basis", functools.partial(METHODS["ce_lora"], frozen=True), {}, list(BY_NAME)),
@@ -49,6 +51,10 @@ VARIANTS: list[tuple[str, Callable[[], Method], dict[str, Any], Sequence[str]]] 
         UPDATE, EXECUTORS, RESUMED]),
     ("flexlora split as its authors do", functools.partial(METHODS["flexlora"], split="orthonormal"), {}, [
         UPDATE, ALIVE, EXECUTORS]),
+    *((f"fedit in {kind.name}", METHODS["fedit"], {"wire": dict.fromkeys(WIRE, kind.name)}, [RESUMED])
+      for kind in PLAIN),
+    *((f"{name} in one bit", METHODS[name], {"wire": {"up": "sign", "down": "sign"}}, [RESUMED, TRAVELS])
+      for name in ("ce_lora", "flora", "rolora", "gradient_core")),
     ("flexlora aligned", functools.partial(METHODS["flexlora"], align=True), {}, [UPDATE, EXECUTORS]),
 ]  # fmt: skip
 

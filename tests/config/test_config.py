@@ -32,17 +32,6 @@ def test_a_methods_own_table_holds_for_it_alone():
     assert config.load(DEMO, ["wire.up=sign"]).wire.up == "sign"
 
 
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("[methods.fedit]\nrnak = 3", "[methods.fedit]"),
-        ("[methods]\nfedit = 3", "expected a table for each method"),
-    ],
-)
-def test_a_mistake_in_a_methods_table_is_found_whatever_runs(text, said, tmp_path):
-    assert said in complaint(path=written(tmp_path, text), method="local")
-
-
 def test_settings_override_flags_and_flags_override_the_file(tmp_path):
     path = written(tmp_path, "rounds = 1\nclients = 1\nseed = 1\n")
     found = config.load(path, ["seed=3"], clients=2, seed=2, method=None)
@@ -185,3 +174,36 @@ def test_only_the_options_that_are_given_are_passed_on():
 def test_a_function_without_options_says_so():
     with pytest.raises(FedtriError, match="unknown key; there are none; leave it out"):
         checked_options(lambda: None, {"a": 1}, "options", "mine")
+
+
+def test_a_methods_own_table_holds_for_that_method_alone(tmp_path):
+    """Nested tables are merged, what is asked for wins, and no table of methods is left. Seen to fail with the
+    overlay laid over the settings."""
+    path = tmp_path / "a.toml"
+    path.write_text(
+        "steps = 5\n[optimizer]\nwarmup = 1\n[methods.fed_sb]\nrank = 16\nepochs = 2.0\n"
+        "[methods.fed_sb.optimizer.learning_rates]\nC = 0.02\n[methods.mine]\nrank = 2\n"
+    )
+    found = config.load(path, method="fed_sb")
+    assert (found.rank, found.epochs, found.steps) == (16, 2.0, None)
+    assert (found.optimizer.warmup, found.optimizer.learning_rates) == (1, {"C": 0.02})
+    assert config.load(path, ["rank=3", "method=fed_sb"]).rank == 3
+    assert (config.load(path).rank, config.load(path).steps) == (8, 5)
+    assert config.load(path, method="x/y.py:mine").rank == 2
+    assert config.load(path, ["methods.fedit.rank=4"], method="fedit").rank == 4
+    assert config.load(path, method="fed_sb") == config.validated(found.model_dump(exclude_none=True))
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("[methods.fed_sb]\nrnak = 3", r"\[methods\.fed_sb\]: rnak: unknown key; did you mean rank\?$"),
+        ("[methods.fed_sb]\nseed = 3", r"methods\.fed_sb\.seed: is the same for all methods; leave it out$"),
+        ("[methods]\nfed_sb = 3", r"methods: expected a table for each method"),
+    ],
+)
+def test_a_mistake_in_any_methods_table_is_one_line(line, said, tmp_path):
+    """Though another method is run."""
+    (tmp_path / "a.toml").write_text(line)
+    with pytest.raises(FedtriError, match=said):
+        config.load(tmp_path / "a.toml", method="fedit")

@@ -2,12 +2,13 @@
 
 import csv
 import json
+import math
 
 import pytest
 import tomli_w
 
 from fedtri.errors import FedtriError
-from fedtri.runs import compare, lifecycle
+from fedtri.runs import compare, footing, lifecycle
 from tiny import DEFAULTS
 
 
@@ -145,3 +146,66 @@ def test_other_settings_in_the_same_folder_are_refused(config, tmp_path):
 def test_a_grid_that_is_none(text):
     with pytest.raises(FedtriError, match="expected key=value"):
         compare.parse_grid(text)
+
+
+def test_a_method_runs_with_the_settings_of_its_own_table(config, tmp_path):
+    path = tmp_path / "own.toml"
+    path.write_text(config.read_text() + "\n[methods.fed_sb]\nrank = 4\nlearning_rate = 0.02\n")
+    fedit, fed_sb = compare.plan(path, ["fedit", "fed_sb"], out=tmp_path / "out").members
+    assert (fedit.config.rank, fedit.config.learning_rate) == (3, 5e-3)
+    assert (fed_sb.config.rank, fed_sb.config.learning_rate) == (4, 0.02)
+
+
+def test_every_method_is_checked_before_anything_runs(config, tmp_path):
+    """RAVAN's four heads need a rank they divide. Seen to fail without the Specs of all members."""
+    with pytest.raises(FedtriError, match=r"^ravan-seed0: rank: expected a multiple of .*heads \(4\), got 3$"):
+        compare.plan(config, ["fedit", "ravan"], out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_rates_are_tuned_on_validation_alike_for_all(config, tmp_path):
+    """Three multiples each, as many rounds; the comparison runs at the best. Seen to fail with the largest loss."""
+    plan = compare.plan(config, ["local", "fedit"], seeds=[1, 0], out=tmp_path / "out", tune=True, tune_rounds=1)
+    ran, _ = finished(compare.run(plan))
+    assert ran == [
+        *(f"{name}-rate-x{factor}" for name in ("local", "fedit") for factor in ("0.3", "1", "3")),
+        "local-seed1", "local-seed0", "fedit-seed1", "fedit-seed0",
+    ]  # fmt: skip
+    said = json.loads((tmp_path / "out" / "compare.json").read_text())["tuning"]
+    assert said["rounds"] == 1
+    for name in ("local", "fedit"):
+        losses = {}
+        for factor in (0.3, 1.0, 3.0):
+            folder = tmp_path / f"out/tuning/{name}-rate-x{factor:g}"
+            (line,) = map(json.loads, (folder / "rounds.jsonl").read_text().splitlines())
+            losses[factor] = line["validation_loss"]
+            assert "\nseed = 1\n" in (folder / "config.toml").read_text()
+        assert said["chosen"][name] == min(losses, key=losses.__getitem__)
+        rate = float(f"{5e-3 * said['chosen'][name]:.3g}")
+        assert f"\nlearning_rate = {rate}\n" in (tmp_path / f"out/{name}-seed0/config.toml").read_text()
+    assert "Learning rates were tuned" in (tmp_path / "out" / "table.md").read_text()
+    assert finished(compare.run(plan))[0] == []
+
+
+@pytest.mark.parametrize("equal", ["bytes", "parameters"])
+def test_ranks_make_bytes_or_parameters_equal(equal, config, tmp_path):
+    """Fed-SB's r² against FedIT's 3 (d_in + d_out) for each layer. Seen to fail with the rank as configured."""
+    fedit, fed_sb = compare.plan(config, ["fedit", "fed_sb"], out=tmp_path / "out", footing=equal).members
+    specs = footing.Specs()
+    own, other = (footing.size(specs.of(member.config), equal) for member in (fed_sb, fedit))
+    nearer = [fed_sb.config.model_copy(update={"rank": fed_sb.config.rank + step}) for step in (-1, 1)]
+    for one in nearer:
+        try:
+            size = footing.size(specs.of(one), equal)
+        except FedtriError:
+            continue
+        assert abs(math.log(own / other)) <= abs(math.log(size / other))
+    assert fed_sb.config.rank > fedit.config.rank == 3
+
+
+def test_equal_rank_refuses_others(config, tmp_path):
+    settings = ["methods.fed_sb.rank=4"]
+    with pytest.raises(FedtriError, match=r"^--equal rank: fed_sb has rank 4, fedit has 3; "):
+        compare.plan(config, ["fedit", "fed_sb"], out=tmp_path / "out", footing="rank", settings=settings)
+    with pytest.raises(FedtriError, match=r"^--equal: expected one of rank, parameters, bytes, got 'time'$"):
+        compare.plan(config, ["fedit"], out=tmp_path / "out", footing="time")

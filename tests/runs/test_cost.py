@@ -6,7 +6,8 @@ import json
 import pytest
 
 from fedtri.communication import framing
-from fedtri.communication.numbers import payload_bytes
+from fedtri.communication.compression import Types
+from fedtri.communication.numbers import NUMBERS, payload_bytes
 from fedtri.errors import FedtriError
 from fedtri.runs import cost
 from tiny import NEEDS, rounds
@@ -31,7 +32,9 @@ def test_by_hand(lab):
 def test_it_is_what_a_run_sends_as_payload(lab, tmp_path, monkeypatch, method):
     messages = []
     encode = framing.encode
-    monkeypatch.setattr(framing, "encode", lambda message, *args: messages.append(message) or encode(message, *args))
+    monkeypatch.setattr(
+        framing, "encode", lambda message, *args, **named: messages.append(message) or encode(message, *args, **named)
+    )
     settings = {"rank": 4, "method": method, "clients": 2, "steps": 1} | NEEDS.get(method, {})
     built = lab.federation(tmp_path, **settings)
     list(rounds(built, rounds=2))
@@ -44,6 +47,27 @@ def test_it_is_what_a_run_sends_as_payload(lab, tmp_path, monkeypatch, method):
     assert len(up) == 2 * clients
     assert sum(payload_bytes(m.factors) for m in up) / len(up) == expected.up_bytes
     assert sum(payload_bytes(m.factors) for m in down) / (2 * clients) == expected.down_bytes
+
+
+@pytest.mark.parametrize("method", ["fedit", "flora", "gradient_core"])
+def test_so_it_is_in_few_bits(method, lab, tmp_path, monkeypatch):
+    """One bit up, four down, a basis and a head's first value in float16. Seen to fail with one type for all."""
+    sizes = []
+    encode = framing.encode
+
+    def counting(message, *args, **named):
+        ways = message.ways.items()
+        sizes.append(sum(NUMBERS[way.numbers].size(message.factors[key].numel()) for key, way in ways))
+        return encode(message, *args, **named)
+
+    monkeypatch.setattr(framing, "encode", counting)
+    wire = {"up": "sign", "down": "int4", "basis": "float16"}
+    built = lab.federation(tmp_path, method=method, rank=4, **{f"wire__{key}": value for key, value in wire.items()})
+    list(rounds(built, rounds=3))
+    found = cost.costs(
+        str(lab.model()), rank=4, targets=built.config.targets, labels=3, clients=4, rounds=3, wire=Types(**wire)
+    )
+    assert sum(sizes) == next(one.total_bytes for one in found if one.method == method)
 
 
 def test_the_config_alone_is_enough(lab, tmp_path):

@@ -43,8 +43,8 @@ def test_no_clients_tensors_are_anothers(lab, tmp_path):
     list(rounds(built))
     own = clients_tensors(built)
     assert sorted(own) == sorted(names)
-    assert len(built.site.store.current) == 3 * len(names)
-    assert len({str(saved.file) for saved in built.site.store.current.values()}) == 3 * len(names)
+    assert len(built.site.store.current) == 4 * len(names)
+    assert len({str(saved.file) for saved in built.site.store.current.values()}) == 4 * len(names)
 
 
 def test_early_stopping_needs_validation_examples(lab, tmp_path):

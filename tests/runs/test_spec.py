@@ -85,8 +85,11 @@ KEYS: dict[str, tuple[Any, str]] = {
     "simulation.prefix_dtype": ("bfloat16", NOTHING),
     "simulation.client_cpus": (2, NOTHING),
     "simulation.client_gpus": (0.5, NOTHING),
-    "wire.dtype": ("int8", "wire"),
+    "wire.basis": ("int4", "wire"),
+    "wire.down": ("sign", "wire"),
+    "wire.up": ("int8", "wire"),
     "wire.norm_bound": (5.0, "wire"),
+    "similarity.sketch_dims": (3, "sketch"),
     "server.optimizer": ("fedavgm", ALWAYS),
     "server.learning_rate": (0.5, ALWAYS),
     "server.betas": ([0.5, 0.5], ALWAYS),
@@ -102,6 +105,7 @@ KEYS: dict[str, tuple[Any, str]] = {
 NO_COLUMNS = {"columns.text": None, "columns.label": None}
 CONTEXT: dict[str, dict[str, Any]] = {
     "head_start": {"head": "personal"},
+    "similarity.sketch_dims": {"method": "ce_lora"},
     "method_options": {"method": "ce_lora"},
     "task_options": {"task": "causal_lm", "model": "{language}", **NO_COLUMNS},
 }

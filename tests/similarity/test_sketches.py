@@ -166,3 +166,28 @@ def test_any_bytes_are_a_sketch_or_an_error():
         except FedtriError:
             refused += 1
     assert len(data) <= refused < len(broken)
+
+
+def test_directions_are_everyones_and_keep_distances():
+    """Up to a scale that all share. Seen to fail with directions drawn anew for each size, and not orthonormal."""
+    x = features(60, d=200)
+    a, b = sketches.projected(x, 64, 1), sketches.projected(x[:20], 64, 1)
+    np.testing.assert_allclose(a[:20], b, rtol=1e-5, atol=1e-6)
+    assert a.shape == (60, 64)
+    before, after = (np.linalg.norm(z[:30] - z[30:], axis=1) for z in (x, a))
+    np.testing.assert_allclose(after / before, np.sqrt(64 / 200), rtol=0.35)
+    assert sketches.projected(x, 200, 1) is sketches.projected(x, 0, 1) is x
+
+
+def test_half_as_many_bytes_say_nearly_the_same():
+    """Seen to fail with variances in float16, of which the small ones become 0."""
+    found = sketches.fit(features(60, d=40) * 1e-3, None, classes=1, seed=0)
+    whole, half = sketches.encode(found), sketches.encode(found, half=True)
+    assert len(half) < 0.7 * len(whole)
+    read = sketches.decode(half, classes=1, d=40, half=True)
+    np.testing.assert_allclose(read.mixtures[0].means, found.mixtures[0].means, rtol=1e-3, atol=1e-7)
+    np.testing.assert_allclose(read.mixtures[0].variances, found.mixtures[0].variances, rtol=2e-3)
+    with pytest.raises(FedtriError, match="expected"):
+        sketches.decode(half, classes=1, d=40)
+    with pytest.raises(FedtriError, match=r"too large for float16; set similarity\.sketch_dims = 0"):
+        sketches.encode(sketches.fit(features(60) * 1e6, None, classes=1, seed=0), half=True)

@@ -13,7 +13,7 @@ import torch
 from fedtri import atomic, config
 from fedtri.adapters.layout import Key
 from fedtri.errors import FedtriError
-from fedtri.messages import Mixture, Sketch
+from fedtri.messages import Held, Mixture, Sketch
 from fedtri.runs import lifecycle
 from fedtri.state import Deliveries, ServerState, Similarity
 from fedtri.storage import checkpoint, run_directory
@@ -169,6 +169,7 @@ def full_state() -> ServerState:
     return ServerState(
         round=7, shared=own, personal={"a": double, "b/é": own}, sketches=said,
         deliveries=Deliveries(dict.fromkeys(keys, 6), {"a": 5}, {"a": 7, "b/é": 0}),
+        held={"a": Held({}, 6), "b/é": Held(own, 0)},
         own={"moments": {"first": tensors[0], "a/é": {"deep": tensors[1].double()}}, "far": torch.eye(2) * math.nan},
         similarity=Similarity(("b/é", "a"), {"weights": torch.eye(2)}),
     )  # fmt: skip

@@ -27,6 +27,13 @@ def compare(
     ] = [],  # noqa: B006
     out: Annotated[Path | None, typer.Option(help="The comparison's folder; by default runs/compare-CONFIG.")] = None,
     baseline: Baseline = None,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="First choose each method's learning rate on validation examples.")
+    ] = False,
+    tune_rounds: Annotated[int | None, typer.Option(min=1, help="Rounds of each try; by default half.")] = None,
+    equal: Annotated[
+        str | None, typer.Option(help="rank, parameters or bytes: what is equal; ranks are set to make it so.")
+    ] = None,
     settings: Settings = [],  # noqa: B006
 ) -> None:
     """Run methods, seeds and a grid of settings; the same call again runs only what is missing."""
@@ -37,6 +44,7 @@ def compare(
     planned = comparison.plan(
         config, listed(methods), seeds=[_whole(seed) for seed in listed(seeds or "")], settings=settings,
         grid=dict(map(comparison.parse_grid, grid)), out=out, baseline=baseline,
+        footing=equal, tune=tune, tune_rounds=tune_rounds,
     )  # fmt: skip
     try:
         _follow(comparison.run(planned))

@@ -37,6 +37,8 @@ class SketchSize:
 
     classes: int = 1
     features: int = 0
+    half: bool = False
+    """Whether its numbers travel as float16."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,7 @@ class Codec:
                 factors=sent,
                 num_examples=reply.num_examples,
                 metrics=reply.metrics,
-                sketch=b"" if reply.sketch is None else sketches.encode(reply.sketch),
+                sketch=b"" if reply.sketch is None else sketches.encode(reply.sketch, half=self.sketch.half),
                 ways=ways,
             ),
             client,
@@ -152,7 +154,8 @@ class Codec:
         """
         phase, client = request.phase, request.client
         up = self._up(request)
-        room = sketches.most_bytes(self.sketch.classes, self.sketch.features) if phase == "sketch" else 0
+        size = self.sketch
+        room = sketches.most_bytes(size.classes, size.features, half=size.half) if phase == "sketch" else 0
         expected = self.expected.of_gradients if phase == "basis" else self.expected
         said = replace(self, expected=expected)._read(data, client, up, room)
         if (said.round, said.phase) != (request.round, phase):
@@ -162,7 +165,7 @@ class Codec:
             )
         found = None
         if phase == "sketch":
-            found = sketches.decode(said.sketch, classes=self.sketch.classes, d=self.sketch.features)
+            found = sketches.decode(said.sketch, classes=size.classes, d=size.features, half=size.half)
         ours = {**request.values, **request.down}
         values = values_of(said.factors, said.ways, {**self._has(client, None), **self.traffic.follows(ours)})
         reply = Reply(client, said.round, values, said.num_examples, said.metrics, found)

@@ -25,8 +25,10 @@ MAGIC, VERSION = b"FT", 1
 HEADER = struct.Struct(
     "<2sBBI8s8sIIIQ8s"
 )  # magic, version, phase, round, layout digest, base digest, examples, meta, sketch, numbers, digest of it all
-RUN = struct.Struct("<IIBB")
+RUN = struct.Struct("<IHBB")
 """Of tensors that follow each other in the layout and are alike: first, how many, way, dimensions; then the shape."""
+LONGEST = 2**16 - 1
+"""As many tensors are in one run at most."""
 DELTA = 0x80
 """In a run's way: the numbers are a difference. The other bits are the number type's code."""
 NOTHING = bytes(8)
@@ -61,7 +63,7 @@ class Message:
 
 
 def encode(message: Message, layout: Layout, dtype: str = "float32", seal: bytes = b"") -> bytes:
-    """One buffer: 52 bytes of header, 14 to 18 for each run of like tensors, the metrics as JSON, the numbers.
+    """One buffer: 56 bytes of header, 12 to 16 for each run of like tensors, the metrics as JSON, the numbers.
 
     Args:
         message: What to say.
@@ -83,7 +85,9 @@ def encode(message: Message, layout: Layout, dtype: str = "float32", seal: bytes
         members = [i for _, (i, *_) in group]
         number = NUMBERS[way.numbers]
         code = number.code | (DELTA if way.delta else 0)
-        runs += RUN.pack(members[0], len(members), code, len(shape)) + struct.pack(f"<{len(shape)}I", *shape)
+        for at in range(0, len(members), LONGEST):
+            count = min(LONGEST, len(members) - at)
+            runs += RUN.pack(members[at], count, code, len(shape)) + struct.pack(f"<{len(shape)}I", *shape)
         for key in (order[i] for i in members):
             numbers += number.pack(_floating(key, message.factors[key]))
     meta = _metrics(message.metrics)

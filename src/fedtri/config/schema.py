@@ -140,6 +140,15 @@ class Wire(Strict):
     norm_bound: Annotated[float, Field(gt=0)] = 1e4
 
 
+class Similarity(Strict):
+    """[similarity]: the sketch of its data that a client sends once, where the method wants one.
+
+    Features are projected to `sketch_dims` random directions and sent in float16; 0: all of them, in float32.
+    """
+
+    sketch_dims: Annotated[int, Field(ge=0)] = 128
+
+
 class ServerOptions(Strict):
     """[server]: how the server follows the direction in which the average of what is shared has moved."""
 
@@ -210,6 +219,7 @@ class Config(Strict):
     early_stopping: EarlyStopping = EarlyStopping()
     simulation: Simulation = Simulation()
     wire: Wire = Wire()
+    similarity: Similarity = Similarity()
     server: ServerOptions = ServerOptions()
     network: Network = Network()
 
@@ -229,6 +239,9 @@ class Config(Strict):
 def load(path: str | Path | None = None, settings: Sequence[str] = (), **flags: object) -> Config:
     """The configuration in a TOML file (or the defaults), overridden by flags that are not None, then by settings.
 
+    What the table [methods.NAME] says holds where the run's method is NAME, over the rest of the file; flags and
+    settings win over both.
+
     Raises FedtriError naming the file, the key, what was expected and what was found.
     """
     values = {} if path is None else read(path)
@@ -236,7 +249,11 @@ def load(path: str | Path | None = None, settings: Sequence[str] = (), **flags: 
     given = {f"--{key}": (key, value) for key, value in flags.items() if value is not None}
     given |= {f"--set {key}": (key, value) for key, value in map(parse_setting, settings)}
     asked = dict(given.values())
-    values = for_method(values, str(asked.get("method", values.get("method", ""))), where)
+    for origin, (key, value) in given.items():
+        if key.startswith("methods."):
+            _put(values, key, value, origin)
+    given = {origin: one for origin, one in given.items() if not one[0].startswith("methods.")}
+    values = for_method(values, str(asked.get("method", values.get("method", Config().method))), where)
     if {"steps", "epochs"} <= set(asked):
         raise FedtriError("--set steps, --set epochs: both are given, expected one of them; leave the other out")
     # what is asked for replaces what the file says of the same matter
@@ -259,6 +276,8 @@ def for_method(values: Mapping[str, Any], method: str, where: str) -> dict[str, 
     if not isinstance(tables, dict) or not all(isinstance(own, dict) for own in tables.values()):
         raise FedtriError(f"{where}: methods: expected a table for each method, such as [methods.fed_sb]")
     for name, own in tables.items():
+        if fixed := own.keys() & {"method", "methods", "seed", "out", "clients", "partition", "data"}:
+            raise FedtriError(f"{where}: methods.{name}.{min(fixed)}: is the same for all methods; leave it out")
         validated(_over(values, own), f"{where} [methods.{name}]")
     return _over(values, tables.get(method.rpartition(":")[2], {}))
 

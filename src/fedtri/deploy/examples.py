@@ -31,16 +31,24 @@ class Found:
 def load(config: Config, client: str, cache: Path, recipe: Recipe, processor: Any) -> Found:
     """The site's examples: from the cache, where that was made of the same data, model and settings."""
     name = digest(config, client)
-    path = cache / f"{name}.npz"
+    path, sketch = cache / f"{name}.npz", cache / f"{name}.{config.similarity.sketch_dims}.sketch"
     if recipe.kept is None:
         made = _made(config, recipe, processor)
-        return Found(made, _split(config, client, len(made.lengths)), path.with_suffix(".sketch"))
+        return Found(
+            made,
+            _split(config, client, len(made.lengths)),
+            sketch,
+        )
     if not path.exists():
         made = _made(config, recipe, processor)
         _write(path, {**flat(made, "examples."), **flat(_split(config, client, len(made.lengths)), "split.")})
     with np.load(path, allow_pickle=False) as file:
         arrays = {key: file[key] for key in file.files}
-    return Found(whole(recipe.kept, arrays, "examples."), whole(Split, arrays, "split."), path.with_suffix(".sketch"))
+    return Found(
+        whole(recipe.kept, arrays, "examples."),
+        whole(Split, arrays, "split."),
+        sketch,
+    )
 
 
 def digest(config: Config, client: str) -> str:

@@ -90,9 +90,9 @@ class HeadInputs:
     @staticmethod
     def of(parts: Sequence[tuple[Rows, Tensor, Tensor]]) -> "HeadInputs":
         """From parts of (the example that each term belongs to, inputs, classes), in the order of the examples."""
-        order = np.argsort(np.concatenate([owners for owners, _, _ in parts]), kind="stable")
-        inputs, classes = (torch.cat([part[place] for part in parts]).cpu().numpy()[order] for place in (1, 2))
-        return HeadInputs(inputs, classes)
+        owners, inputs, classes = zip(*parts, strict=True)
+        order = np.argsort(np.concatenate(owners), kind="stable")
+        return HeadInputs(torch.cat(inputs).cpu().numpy()[order], torch.cat(classes).cpu().numpy()[order])
 
 
 @runtime_checkable

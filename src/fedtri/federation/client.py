@@ -53,6 +53,8 @@ class Site:
     """The class of each example, for sketches; None where there are none."""
     label_count: int = 1
     """How many classes a sketch has."""
+    sketch_dims: int = 0
+    """On how many random directions features are projected for a sketch; 0: none are."""
     classes: Mapping[str, np.ndarray] = field(default_factory=dict)
     """The classes of each client's own head, where these differ; empty where all have all."""
     basis_examples: int = 64
@@ -238,7 +240,7 @@ def _sketch(site: Site, requests: Sequence[Request]) -> list[Reply]:
 
     def fit(place: int, _: Worker) -> Sketch:
         return sketches.fit(
-            features[place],
+            sketches.projected(features[place], site.sketch_dims, site.seed),
             None if site.labels is None else site.labels[rows[place]],
             classes=site.label_count,
             seed=derive(site.seed, "sketch", requests[place].client) % 2**32,

@@ -15,8 +15,8 @@ from fedtri.report.tables import Group
 
 
 def front(groups: Sequence[Group]) -> go.Figure:
-    """Mean accuracy against bytes sent per client and round, with the Pareto front."""
-    sending = {i: (g.mean("bytes_up"), g.mean("mean")) for i, g in enumerate(groups)}
+    """Mean accuracy against a client's bytes of the whole run, both ways, with the Pareto front."""
+    sending = {i: (g.mean("bytes_per_client"), g.mean("mean")) for i, g in enumerate(groups)}
     costs = {i: (x, y) for i, (x, y) in sending.items() if x > 0 and math.isfinite(y)}
     best, edge = -math.inf, []
     for i in sorted(costs, key=lambda i: (costs[i][0], -costs[i][1])):
@@ -28,7 +28,7 @@ def front(groups: Sequence[Group]) -> go.Figure:
         "Up is more accurate, left is cheaper. The stepped line is the Pareto front: no method is above it and to its "
         f"left. {_bars(groups)} A method that sends nothing has no place on a logarithmic axis: it is a dashed line.",
         "; ".join(f"{groups[i].label}: accuracy {share(y)} for {amount(x)}" for i, (x, y) in sending.items()),
-        x="bytes up per client and round (log)", y="mean accuracy over clients", height=440,
+        x="bytes a client in the whole run, both ways (log)", y="mean accuracy over clients", height=440,
     )  # fmt: skip
     if len(edge) > 1:
         figure.add_scatter(
@@ -39,13 +39,13 @@ def front(groups: Sequence[Group]) -> go.Figure:
     for i, group in enumerate(groups):
         colour, _, symbol = style(i)
         x, y = sending[i]
-        spread = group.std("mean") if len(group.runs) > 1 else group.standard_error()
+        spread = group.half_interval() if len(group.runs) > 1 else group.standard_error()
         bar = {"color": colour, "thickness": 1.5, "width": 5}
         if i in costs:
             figure.add_scatter(
                 x=[x], y=[y], name=group.label, mode="markers", marker={"color": colour, "symbol": symbol, "size": 13},
                 error_y={"array": [spread], **bar} if math.isfinite(spread) else None,
-                hovertemplate=f"{amount(x)} up: %{{y:.3f}}",
+                hovertemplate=f"{amount(x)}: %{{y:.3f}}",
             )  # fmt: skip
         elif math.isfinite(y):
             figure.add_scatter(
@@ -223,7 +223,7 @@ def _bars(groups: Sequence[Group]) -> str:
     if _single(groups):
         return f"One seed: no interval over seeds. Error bars are {error}."
     alone = f"; for a method with one seed, {error}" if any(len(group.runs) == 1 for group in groups) else ""
-    return f"Error bars are ± one standard deviation over seeds{alone}."
+    return f"Error bars are the 95 % interval of the mean over seeds{alone}."
 
 
 def _area(groups: Sequence[Group]) -> str:

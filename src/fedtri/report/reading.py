@@ -227,6 +227,12 @@ def find(folders: Iterable[Path]) -> list[Path]:
     return found
 
 
+def comparison(runs: Sequence[Run]) -> Table:
+    """What is known of the comparison that these runs are of; empty where they are not of one."""
+    folders = {run.folder.parent for run in runs}
+    return _json(folders.pop() / COMPARISON, []) if len(folders) == 1 else {}
+
+
 def _inside(folder: Path) -> list[Path]:
     """The run directories in a folder: in the order of its comparison where it is one, then by name."""
     asked = _items(_json(folder / COMPARISON, []).get("runs"))

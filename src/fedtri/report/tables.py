@@ -14,7 +14,7 @@ from scipy import stats
 
 from fedtri.errors import FedtriError
 from fedtri.report.names import amount, duration, points, share
-from fedtri.report.reading import Run
+from fedtri.report.reading import Run, comparison
 
 COLUMNS = (
     "method", "data", "partition", "seeds", "accuracy_mean", "accuracy_std", "worst_mean", "best_mean",
@@ -210,9 +210,26 @@ def caption(groups: Sequence[Group], baseline: str | None = None) -> str:
     )
     if settings := own_settings(groups):
         text += f" {settings}"
+    text += _footing(groups)
     if all(len(group.runs) == 1 for group in groups):
         return f"{text} One seed: there is no interval, and small differences say nothing; add --seeds 0,1,2."
     return f"{text} An interval that holds 0 shows no difference."
+
+
+def _footing(groups: Sequence[Group]) -> str:
+    """On what footing the runs were compared, and how their learning rates were found."""
+    about = comparison([run for group in groups for run in group.runs.values()])
+    equal, tuning, text = about.get("footing"), about.get("tuning"), ""
+    if equal:
+        text += f" Compared at equal {equal}" + ("." if equal == "rank" else "; the ranks were set to make it so.")
+    if isinstance(tuning, dict):
+        tried = ", ".join(f"{factor:g}" for factor in tuning["tried"])
+        chosen = ", ".join(f"{place} {factor:g}" for place, factor in tuning["chosen"].items())
+        text += (
+            f" Learning rates were tuned on validation examples: {tried} times each method's own, "
+            f"{tuning['rounds']} rounds each, on one seed; chosen: {chosen}."
+        )
+    return text or " Learning rates, ranks and targets are as configured, not tuned."
 
 
 def _paper(groups: Sequence[Group], method: str | None) -> str:

@@ -8,29 +8,34 @@ import inspect
 import itertools
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from fedtri import atomic, methods
 from fedtri import config as configuration
 from fedtri.config import Config
 from fedtri.errors import FedtriError
+from fedtri.metrics import VALIDATION_LOSS
 from fedtri.report import page, reading, tables
 from fedtri.report.reading import COMPARISON, Run
+from fedtri.runs import footing as footings
 from fedtri.runs import lifecycle
 from fedtri.storage import run_directory
 
+TUNING = "tuning"
+"""The folder, in a comparison's, of the runs that try learning rates."""
 QUIET = lifecycle.Listener()
 
 
 @dataclass(frozen=True)
 class Member:
-    """One run of a comparison: the name of its folder, and its configuration without `out`."""
+    """One run of a comparison: the name of its folder, its configuration without `out`, and its name but the seed."""
 
     name: str
     config: Config
+    place: str
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,10 @@ class Plan:
     members: tuple[Member, ...]
     keys: tuple[str, ...]
     baseline: str
+    footing: footings.Footing | None = None
+    """What is equal for all methods, where that was asked for."""
+    tuned_for: int | None = None
+    """The rounds of each run that tries a learning rate; None: learning rates are as configured."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +73,23 @@ def plan(
     out: Path | None = None,
     settings: Sequence[str] = (),
     baseline: str | None = None,
+    footing: str | None = None,
+    tune: bool = False,
+    tune_rounds: int | None = None,
 ) -> Plan:
     """All runs of a comparison, each configuration checked before anything runs.
+
+    Args:
+        config: The file; None: the defaults.
+        names: The methods.
+        seeds: The seeds; by default the configuration's.
+        grid: Values of any key to try.
+        out: The comparison's folder.
+        settings: As of --set.
+        baseline: The method that others are compared with; by default the first.
+        footing: "rank", "parameters" or "bytes" are to be equal; None: all is as configured.
+        tune: Whether each method's learning rates are chosen on validation examples first.
+        tune_rounds: The rounds of each run that tries one; by default half of the comparison's.
 
     A [method_options] key, given in the file, by `settings` or in the grid, goes to the methods that have it.
 
@@ -86,8 +110,21 @@ def plan(
             point = dict(zip(grid, values, strict=True))
             member = _member(config, name, clean[name], seed, point, settings)
             members.setdefault(member.name, member)
+    if footing is not None and footing not in get_args(footings.Footing):
+        raise FedtriError(f"--equal: expected one of {', '.join(get_args(footings.Footing))}, got {footing!r}")
+    specs, found = footings.Specs(), list(members.values())
+    if footing is not None:
+        first = next(m for m in found if m.config.method == methods.absolute(baseline or names[0]))
+        sized = footings.equal([m.config for m in found], first.config, footing, specs)  # pyright: ignore[reportArgumentType]
+        found = [replace(member, config=own) for member, own in zip(found, sized, strict=True)]
+    rounds = (tune_rounds or max(1, found[0].config.rounds // 2)) if tune else None
+    for member in found:
+        try:
+            specs.of(member.config if rounds is None else footings.trial(member.config, 1.0, rounds))
+        except FedtriError as error:
+            raise FedtriError(f"{member.name}: {error}") from None
     folder = out or Path("runs") / f"compare-{config.stem if config else 'demo'}"
-    return Plan(folder, tuple(members.values()), tuple(grid), clean[baseline or names[0]])
+    return Plan(folder, tuple(found), tuple(grid), clean[baseline or names[0]], footing, rounds)  # pyright: ignore
 
 
 def parse_grid(text: str) -> tuple[str, list[Any]]:
@@ -105,20 +142,51 @@ def run(comparison: Plan, listener: lifecycle.Listener = QUIET) -> Iterator[Step
     """
     folder = _claim(comparison.folder)
     with run_directory.locked(folder):
-        about = {"baseline": comparison.baseline, "grid": comparison.keys, "runs": [m.name for m in comparison.members]}
+        factors: dict[str, float] = {}
+        if comparison.tuned_for is not None:
+            factors = yield from _tuned(comparison, folder / TUNING, listener)
+        members = [
+            replace(m, config=footings.at_rate(m.config, factors[m.place])) if m.place in factors else m
+            for m in comparison.members
+        ]
+        tuning = {"rounds": comparison.tuned_for, "tried": footings.FACTORS, "chosen": factors}
+        about = {
+            "baseline": comparison.baseline, "grid": comparison.keys, "runs": [m.name for m in members],
+            "footing": comparison.footing,
+            "tuning": tuning if factors else None,
+        }  # fmt: skip
         atomic.write_json(folder / COMPARISON, about)
-        for number, member in enumerate(comparison.members, 1):
-            own = folder / member.name
-            step = Step(number, len(comparison.members), member, own)
-            if _state(own, member) == "finished":
-                yield Step(step.number, step.of, member, own, kept=True)
-                continue
-            yield step
-            asked = member.config.model_copy(update={"out": str(own)})
-            begun = (own / "config.toml").exists()
-            for progress in lifecycle.resume(own, listener) if begun else lifecycle.run(asked, listener):
-                yield Step(step.number, step.of, member, own, progress.line)
+        for number, member in enumerate(members, 1):
+            yield from _followed(Step(number, len(members), member, folder / member.name), listener)
         write(comparison)
+
+
+def _tuned(comparison: Plan, folder: Path, listener: lifecycle.Listener) -> Generator[Step, None, dict[str, float]]:
+    """The factor on the learning rates that suits each method and grid point best, on the first seed."""
+    assert comparison.tuned_for is not None
+    first = {member.place: member for member in reversed(comparison.members)}
+    trials = [(place, factor) for place in reversed(first) for factor in footings.FACTORS]
+    losses: dict[str, dict[float, float]] = {}
+    for number, (place, factor) in enumerate(trials, 1):
+        config = footings.trial(first[place].config, factor, comparison.tuned_for)
+        member = Member(f"{place}-rate-x{factor:g}", config, place)
+        yield from _followed(Step(number, len(trials), member, folder / member.name), listener)
+        lines = reading.load(folder / member.name).lines
+        losses.setdefault(place, {})[factor] = reading.number(lines[-1].get(VALIDATION_LOSS))
+    return {place: footings.best(own) for place, own in losses.items()}
+
+
+def _followed(step: Step, listener: lifecycle.Listener) -> Iterator[Step]:
+    """Run a member, or what is left of it, round by round."""
+    own, member = step.folder, step.member
+    if _state(own, member) == "finished":
+        yield replace(step, kept=True)
+        return
+    yield step
+    begun = (own / "config.toml").exists()
+    asked = member.config.model_copy(update={"out": str(own)})
+    for progress in lifecycle.resume(own, listener) if begun else lifecycle.run(asked, listener):
+        yield replace(step, line=progress.line)
 
 
 def finished(folder: Path) -> list[Run]:
@@ -154,7 +222,7 @@ def _member(
     )
     methods.build(method, options, head=loaded.head)
     at = "".join(f"-{key.rpartition('.')[2]}={_plain(value)}" for key, value in mine.items())
-    return Member(f"{name}{at}-seed{loaded.seed}", loaded)
+    return Member(f"{name}{at}-seed{loaded.seed}", loaded, f"{name}{at}")
 
 
 def _clean_names(given: Sequence[str]) -> dict[str, str]:
@@ -172,7 +240,7 @@ def _claim(folder: Path) -> Path:
     """The comparison's folder, made where it is absent."""
     if folder.exists() and not folder.is_dir():
         raise FedtriError(f"--out: {folder} is a file; expected a folder")
-    present = {p.name for p in folder.iterdir()} - {".lock"} if folder.exists() else set()
+    present = {p.name for p in folder.iterdir()} - {".lock", TUNING} if folder.exists() else set()
     if present and COMPARISON not in present:
         raise FedtriError(f"--out: {folder} is not empty and holds no comparison ({min(present)} is there)")
     try:

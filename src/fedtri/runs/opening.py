@@ -154,6 +154,7 @@ def open_site(
         seed=spec.seed,
         labels=data.examples.labels,
         label_count=spec.sketch.classes,
+        sketch_dims=spec.sketch.features if spec.sketch.half else 0,
         classes=data.classes,
         basis_examples=spec.basis_examples,
         gradient_factors=spec.gradient_factors,

@@ -166,6 +166,7 @@ def spec_of(
     if config.head_start == "fit":
         _require_own_heads('head_start: "fit"', 'head_start = "initial"', recipe, method, layout)
     width = recipe.feature_size(plain) if method.welcome is not None else 0
+    dims = config.similarity.sketch_dims
     return Spec(
         clients=tuple(names),
         labels=tuple(labels),
@@ -179,7 +180,7 @@ def spec_of(
             quorum=_quorum(config), attempts=config.network.attempts if config.network.clients else 1,
         ),
         wire=config.wire,
-        sketch=SketchSize(recipe.sketch_classes(labels), width),
+        sketch=SketchSize(recipe.sketch_classes(labels), min(dims or width, width), half=dims > 0),
         max_length=config.max_length,
         shares=(config.split.train, config.split.validation, config.split.test),
         seed=config.seed,

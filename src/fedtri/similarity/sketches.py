@@ -13,13 +13,35 @@ from jaxtyping import Float, Int
 
 from fedtri.errors import FedtriError
 from fedtri.messages import Mixture, Sketch
+from fedtri.seeds import derive
 
 _FLOOR = 1e-3
 """Added to every variance, as a share of the features' mean variance: no component is a needle."""
 _SAME = 1e-4
 """The part of a feature's size up to which two features are taken for one example's."""
+_SMALLEST = 2.0**-24
+"""The smallest number above 0 in float16."""
 _HEADER = 1024
 """Bytes allowed for the safetensors header of five arrays (384 in practice)."""
+
+
+def projected(features: Float[np.ndarray, "n d"], dims: int, seed: int) -> Float[np.ndarray, "n k"]:
+    """The features on k = dims random directions, which are orthonormal and the same for all clients of a run.
+
+    Distances shrink by about √(k / d), all alike, and a similarity does not depend on their scale (Johnson and
+    Lindenstrauss 1984). Where dims is 0, or no smaller than d, they stay as they are.
+
+    Args:
+        features: As the frozen backbone gives them.
+        dims: The number of directions; 0: all of the features.
+        seed: The run's seed, from which everyone draws the directions.
+    """
+    d = features.shape[1]
+    if not 0 < dims < d:
+        return features
+    rng = np.random.default_rng(derive(seed, "sketch directions"))
+    directions = np.linalg.qr(rng.standard_normal((d, dims)))[0]
+    return (features @ directions).astype(np.float32)
 
 
 def fit(
@@ -78,10 +100,13 @@ def _mixture(rows: Float[np.ndarray, "n d"], most: int, smallest: int, floor: fl
     return Mixture(*(np.asarray(a, np.float32) for a in (weights, model.means_, model.covariances_)))
 
 
-def encode(sketch: Sketch) -> bytes:
-    """The sketch as safetensors: counts and components (int32, one a class), all components stacked (float32).
+def encode(sketch: Sketch, *, half: bool = False) -> bytes:
+    """The sketch as safetensors: counts and components (int32, one a class), all components stacked.
 
-    4 (2 classes + K (1 + 2 d)) bytes and a header, K being the number of components of all classes together.
+    8 classes + 4 K (1 + 2 d) bytes and a header, K being the number of components of all classes together. Where it is
+    to be `half`, float16 and half of the second term; it then holds standard deviations, whose range is smaller.
+
+    Raises FedtriError where a number is too large for float16.
     """
     from safetensors.numpy import save
 
@@ -93,15 +118,21 @@ def encode(sketch: Sketch) -> bytes:
         empty = np.zeros((0,) if name == "weights" else (0, 0))
         stacked = np.concatenate([getattr(m, name) for m in present]) if present else empty
         arrays[name] = np.ascontiguousarray(stacked, np.float32)
+    if half:
+        deviations = np.maximum(np.sqrt(arrays.pop("variances")), _SMALLEST)
+        arrays |= {"deviations": deviations}
+        arrays |= {name: arrays[name].astype(np.float16) for name in ("weights", "means", "deviations")}
+        if not all(np.isfinite(value).all() for value in arrays.values()):
+            raise FedtriError("sketch: a feature is too large for float16; set similarity.sketch_dims = 0")
     return save(arrays)
 
 
-def most_bytes(classes: int, d: int, components: int = 3) -> int:
+def most_bytes(classes: int, d: int, components: int = 3, *, half: bool = False) -> int:
     """The longest that a sketch of features of width d can be as bytes."""
-    return _HEADER + 4 * (2 * classes + classes * components * (1 + 2 * d))
+    return _HEADER + 8 * classes + (2 if half else 4) * classes * components * (1 + 2 * d)
 
 
-def decode(data: bytes, *, classes: int, d: int, components: int = 3) -> Sketch:
+def decode(data: bytes, *, classes: int, d: int, components: int = 3, half: bool = False) -> Sketch:
     """The sketch in `data`, which may be hostile: features of width d, at most `components` a class.
 
     Raises FedtriError unless names, types and shapes are those `encode` writes, all numbers are finite,
@@ -111,7 +142,7 @@ def decode(data: bytes, *, classes: int, d: int, components: int = 3) -> Sketch:
     from safetensors import SafetensorError
     from safetensors.numpy import load
 
-    limit = most_bytes(classes, d, components)
+    limit = most_bytes(classes, d, components, half=half)
     _require(len(data) <= limit, f"at most {limit} bytes", f"{len(data)}")
     try:
         arrays = load(data)
@@ -120,13 +151,15 @@ def decode(data: bytes, *, classes: int, d: int, components: int = 3) -> Sketch:
 
     total = arrays["weights"].size if "weights" in arrays else 0
     wide = (total, d if total else 0)
-    shapes = {"components": (classes,), "counts": (classes,), "means": wide, "variances": wide, "weights": (total,)}
-    expected = {name: (shape, "int32" if name[0] == "c" else "float32") for name, shape in shapes.items()}
+    spread, number = ("deviations", "float16") if half else ("variances", "float32")
+    shapes = {"components": (classes,), "counts": (classes,), "means": wide, spread: wide, "weights": (total,)}
+    expected = {name: (shape, "int32" if name[0] == "c" else number) for name, shape in sorted(shapes.items())}
     found = {name: (array.shape, str(array.dtype)) for name, array in sorted(arrays.items())}
     _require(found == expected, f"{expected}", f"{found}")
 
     counts, parts = arrays["counts"], arrays["components"]
-    weights, means, variances = arrays["weights"], arrays["means"], arrays["variances"]
+    weights, means = (arrays[name].astype(np.float32) for name in ("weights", "means"))
+    variances = np.square(arrays[spread].astype(np.float32)) if half else arrays[spread]
     _require(bool((counts >= 0).all()), "counts not negative", f"{counts.min(initial=0)}")
     bounded = bool(((parts >= 0) & (parts <= components)).all()) and int(parts.sum(dtype=np.int64)) == total
     _require(bounded, f"0..{components} components a class, {total} in all", f"{parts.tolist()}")
