@@ -164,7 +164,7 @@ def test_every_method_is_checked_before_anything_runs(config, tmp_path):
 
 
 def test_rates_are_tuned_on_validation_alike_for_all(config, tmp_path):
-    """Three multiples each, as many rounds; the comparison runs at the best. Seen to fail with the largest loss."""
+    """Three multiples each, as many rounds; the comparison runs at the best."""
     plan = compare.plan(config, ["local", "fedit"], seeds=[1, 0], out=tmp_path / "out", tune=True, tune_rounds=1)
     ran, _ = finished(compare.run(plan))
     assert ran == [
@@ -189,7 +189,7 @@ def test_rates_are_tuned_on_validation_alike_for_all(config, tmp_path):
 
 @pytest.mark.parametrize("equal", ["bytes", "parameters"])
 def test_ranks_make_bytes_or_parameters_equal(equal, config, tmp_path):
-    """Fed-SB's r² against FedIT's 3 (d_in + d_out) for each layer. Seen to fail with the rank as configured."""
+    """Fed-SB's r² against FedIT's 3 (d_in + d_out) for each layer."""
     fedit, fed_sb = compare.plan(config, ["fedit", "fed_sb"], out=tmp_path / "out", footing=equal).members
     specs = footing.Specs()
     own, other = (footing.size(specs.of(member.config), equal) for member in (fed_sb, fedit))
