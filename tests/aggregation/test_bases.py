@@ -40,7 +40,7 @@ def test_by_hand():
 
 
 def test_it_is_the_svd_of_the_mean_of_the_dense_gradients_where_sketches_are_exact():
-    """Layers of two shapes. Seen to fail with √σ on one side alone."""
+    """Layers of two shapes, clients of unlike sizes. Seen to fail with all clients weighing alike."""
     first, second = gradients(), gradients(d_out=4, d_in=6, seed=1)
     sizes = [2, 5, 3]
     said = [reply(c, n, 4, w=G, v=H) for c, n, G, H in zip("abc", sizes, first, second, strict=True)]

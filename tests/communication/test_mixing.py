@@ -13,7 +13,7 @@ def drawn(n: int, seed: int = 0) -> torch.Tensor:
 
 @pytest.mark.parametrize("n", [0, 1, 2, 3, 64, 300, 4095, 4096, 6144, 9000])
 def test_it_can_be_undone_and_keeps_lengths(n):
-    """Seen to fail with the signs of another length, and with half of a factor 1/√block."""
+    """Seen to fail with half of a factor 1/√block."""
     x = drawn(n)
     torch.testing.assert_close(unmixed(mixed(x)), x, rtol=0, atol=1e-5)
     torch.testing.assert_close(mixed(x).norm(), x.norm())

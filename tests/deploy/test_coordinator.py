@@ -284,8 +284,7 @@ def test_a_site_without_validation_examples_says_so_where_early_stopping_needs_t
 
 
 def test_a_basis_from_gradients_goes_over_the_network(lab, tmp_path):
-    """Every site's gradient before the first round; d, which joins later, is sent the basis with its first task. A
-    site's files are as they were: the phase can be repeated. Seen to fail with the phase in the site's journal."""
+    """Every site's gradient before the first round; d, which joins later, is sent the basis with its first task."""
     sites = Sites(tmp_path, lab)
     grid, received = Grid(sites, offline={"d"}), {}
 

@@ -28,6 +28,8 @@ from tiny import SIZES, VOCABULARY, tokenizer
 
 DECODERS = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gpt2", "gpt_neox")
 ENCODERS = ("bert", "roberta", "xlm-roberta", "electra", "mpnet", "distilbert")
+OTHERS = {"opt": {**SIZES["bert"], "ffn_dim": 24, "word_embed_proj_dim": 16}}
+"""Models that are not fast, and whose targets "auto" does not know."""
 AUTO = {
     "classify": AutoModelForSequenceClassification,
     "tag": AutoModelForTokenClassification,
@@ -41,7 +43,8 @@ def model(kind: str, task: str = "classify", seed: int = 0, **more: Any) -> nn.M
     """A tiny model of this architecture for this task, in float64, random weights large enough to matter."""
     special = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
     labels = {} if task == "continue" else {"num_labels": 4}
-    values = {"vocab_size": len(VOCABULARY), "initializer_range": 0.3, **special, **labels, **SIZES[kind], **more}
+    values = {"vocab_size": len(VOCABULARY), "initializer_range": 0.3, **special, **labels}
+    values |= {**(SIZES | OTHERS)[kind], **more}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return AUTO[task].from_config(AutoConfig.for_model(kind, **values)).double().eval()

@@ -262,14 +262,19 @@ def test_dropout_is_off(name):
     assert_same(found[0], found[1])
 
 
-@pytest.mark.parametrize("name", ["reference", "auto"])
-@pytest.mark.parametrize("kind", ["bert", "llama"])
+@pytest.mark.parametrize(
+    ("kind", "name"), [("bert", "reference"), ("opt", "reference"), ("bert", "auto"), ("llama", "auto")]
+)
 def test_nor_does_gradient_checkpointing_switch_dropout_on(kind, name):
-    """transformers goes by the layers' training mode. Seen to fail with dropout's rate left in the layers."""
-    options = {"hidden_dropout_prob": 0.3} if kind == "bert" else {"attention_dropout": 0.3}
+    """transformers goes by the layers' training mode, and OPT's layers by their own rate.
+
+    Seen to fail with dropout's rate left in the layers.
+    """
+    rate = {"bert": "hidden_dropout_prob", "opt": "dropout", "llama": "attention_dropout"}
+    options = {rate[kind]: 0.3}
     found = []
     for recompute, how in ((False, {}), (True, options)):
-        on = adapted(kind, model_options=how)
+        on = adapted(kind, model_options=how, targets="q_proj,fc1" if kind == "opt" else "auto")
         found.append(run(executor(on, name=name, gradient_checkpointing=recompute), [client(on, 0)]))
     assert_same(found[0], found[1], atol=1e-10, rtol=0)
 

@@ -90,6 +90,8 @@ def test_the_basis_is_that_of_the_mean_of_the_clients_dense_gradients(lab, tmp_p
     keep = lambda dense: {Key(name, "W"): value.clone() for name, value in dense.items()}  # noqa: E731
     models = [site.model(client, site.initial(client)) for client in site.clients]
     dense = site.executor.gradients(models, [np.sort(site.splits[c].train) for c in site.clients], [keep] * 4)
+    trained = {k: 3.0 * v if k.factor == "H" else v for k, v in site.initial("client-00").items()}
+    site.store.save("client-00", trained, "00000-trained")
     (only,) = rounds(built)
     sizes = torch.tensor([len(site.splits[c].train) for c in site.clients], dtype=torch.float64)
     for layer in built.spec.layout.layers:

@@ -169,7 +169,7 @@ def test_any_bytes_are_a_sketch_or_an_error():
 
 
 def test_directions_are_everyones_and_keep_distances():
-    """Up to a scale that all share. Seen to fail with directions drawn anew for each size, and not orthonormal."""
+    """Up to a scale that all share. Seen to fail with columns that are not orthonormal."""
     x = features(60, d=200)
     a, b = sketches.projected(x, 64, 1), sketches.projected(x[:20], 64, 1)
     np.testing.assert_allclose(a[:20], b, rtol=1e-5, atol=1e-6)

@@ -176,8 +176,8 @@ def readable(groups: Sequence[Group], baseline: str | None = None) -> pd.DataFra
         row |= {"worst": share(group.mean("worst")), "bytes a client": amount(group.mean("bytes_per_client"))}
         if most is not None:
             own = group.mean("bytes_per_client")
-            times = f"{most.mean('bytes_per_client') / own:.3g} times" if own > 0 else "–"
-            row[f"fewer than {most.label}"] = "–" if group is most else times
+            times = f"{most.mean('bytes_per_client') / own:,.0f} times" if own > 0 else "–"
+            row["fewer"] = "–" if group is most else times
         rows.append(row | {"time": duration(group.mean("seconds"))})
     return pd.DataFrame(rows)
 
@@ -190,13 +190,18 @@ def dearest(groups: Sequence[Group]) -> Group | None:
 
 
 def own_settings(groups: Sequence[Group]) -> str:
-    """In which settings methods differ from each other, a clause a method; empty where in none."""
+    """In which settings methods differ from the first one, a clause for each that does; empty where none does."""
     flat = {group.paper: _flat(next(iter(group.runs.values())).config) for group in groups}
-    keys = sorted({key for own in flat.values() for key in own if not key.startswith("method_options.")})
+    (_, base), *others = flat.items()
     points = {key for group in groups for key in group.point}
-    differ = [key for key in keys if len({str(own.get(key)) for own in flat.values()}) > 1 and key not in points]
-    said = [f"{paper}: " + ", ".join(f"{key} {own.get(key)}" for key in differ) for paper, own in flat.items()]
-    return f"Settings that differ: {'; '.join(said)}." if differ else ""
+    said = []
+    for paper, own in others:
+        keys = sorted(
+            key for key in base.keys() | own.keys() if not key.startswith("method_options.") and key not in points
+        )
+        if differ := [f"{key} = {own.get(key)}" for key in keys if own.get(key) != base.get(key)]:
+            said.append(f"{paper} has settings of its own: {', '.join(differ)}.")
+    return " ".join(said)
 
 
 def caption(groups: Sequence[Group], baseline: str | None = None) -> str:
@@ -208,6 +213,8 @@ def caption(groups: Sequence[Group], baseline: str | None = None) -> str:
         "where there are two seeds or more. Bytes a client: all it sent and received in the whole run, bases and "
         "sketches too."
     )
+    if (most := dearest(groups)) is not None:
+        text += f" Fewer: how many times less than {most.label}."
     if settings := own_settings(groups):
         text += f" {settings}"
     text += _footing(groups)

@@ -16,7 +16,8 @@ from fedtri.communication.numbers import NUMBERS, PLAIN
 from fedtri.config import validated
 from fedtri.errors import FedtriError
 from fedtri.methods import METHODS, build
-from fedtri.runs.spec import Spec, skeleton, spec_of
+from fedtri.runs.shapes import skeleton
+from fedtri.runs.spec import Spec, spec_of
 from fedtri.tasks import build as build_task
 
 

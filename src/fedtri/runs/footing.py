@@ -14,8 +14,9 @@ from typing import Any, Literal
 
 from fedtri.config import Config
 from fedtri.errors import FedtriError
+from fedtri.runs.shapes import skeleton
 from fedtri.runs.simulation import deal
-from fedtri.runs.spec import Spec, method_of, skeleton, spec_of, task_of
+from fedtri.runs.spec import Spec, method_of, spec_of, task_of
 
 Footing = Literal["rank", "parameters", "bytes"]
 FACTORS = (0.3, 1.0, 3.0)

@@ -28,7 +28,8 @@ from fedtri.federation.client import Site
 from fedtri.messages import POOLED
 from fedtri.models import loading
 from fedtri.models.peft import read_peft
-from fedtri.runs.spec import Spec, layout_of
+from fedtri.runs.shapes import layout_of
+from fedtri.runs.spec import Spec
 from fedtri.seeds import derive
 from fedtri.storage.client_store import ClientStore
 from fedtri.tasks import Examples

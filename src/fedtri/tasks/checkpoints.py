@@ -67,7 +67,7 @@ def skeleton(auto: Any, what: str, config: PretrainedConfig) -> nn.Module:
     try:
         return auto.from_config(config)
     except ValueError as error:
-        _refuse(config.name_or_path, what, error)
+        _refuse(str(config.name_or_path), what, error)
 
 
 def _quantisation(auto: Any, where: str, weights: Weights, head: Callable[[nn.Module], list[str]]) -> dict[str, Any]:
