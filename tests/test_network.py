@@ -53,7 +53,7 @@ def assert_as_local(net: Network, out: Path, config, tmp_path: Path) -> None:
 
 
 def test_a_run_whose_server_is_killed_in_mid_round_ends_bit_for_bit_as_in_one_process(net, lab, tmp_path):
-    """Cores of two of three layers, mixed by sketches, rounded to int8 with residuals that stay at the sites.
+    """Cores of two of three layers, mixed by sketches, in int8 up and int4 down: what rounding loses stays at each end.
 
     kill -9 of the SuperLink with its app while a client trains. Started again, it asks for that round again.
 
@@ -62,7 +62,7 @@ def test_a_run_whose_server_is_killed_in_mid_round_ends_bit_for_bit_as_in_one_pr
     model = lab.folder / "three layers"
     for part in (classifier("bert", num_hidden_layers=3), tokenizer()):
         part.save_pretrained(model)
-    values = {"method": "ce_lora", "model": str(model), "layers": "last:2", "wire__up": "int8"}
+    values = {"method": "ce_lora", "model": str(model), "layers": "last:2", "wire__up": "int8", "wire__down": "int4"}
     config = net.configuration(tmp_path / "run", rounds=2, **values)
     out, late = net.run(config), CLIENTS[1]
     wait_for(lambda: len(network.lines(out)) == 1, 150, lambda: net.log(net.server))
