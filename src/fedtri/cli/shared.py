@@ -15,7 +15,10 @@ NARROWEST = 96
 """Columns that a wide table needs; in a narrower terminal its lines wrap, but no word is cut."""
 console = Console()
 
-ConfigFile = Annotated[Path | None, typer.Argument(metavar="[CONFIG.toml]", help="Without one: the demo's settings.")]
+ConfigFile = Annotated[
+    Path | None,
+    typer.Argument(metavar="[CONFIG.toml]", help="Without one: the demo's settings; with --data the defaults."),
+]
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A run directory.")]
 Client = Annotated[str, typer.Option(help="The client's id, as in adapters/.")]
 Baseline = Annotated[
