@@ -35,8 +35,8 @@ def run(
 
     where = None if out is None else str(out)
     loaded = configuration.load(
-        config or (DEMO if data is None else None), settings, method=method, data=data, model=model, clients=clients, rounds=rounds, out=where,
-        transport=transport,
+        config or (DEMO if data is None else None), settings, method=method, data=data, model=model, clients=clients,
+        rounds=rounds, out=where, transport=transport,
     )  # fmt: skip
     prepare()
     from fedtri.cli import display
