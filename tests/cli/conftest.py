@@ -6,7 +6,22 @@ import pytest
 
 from fedtri.cli import main
 
-FAST = ["--rounds", "2", "--clients", "3", "--set", "steps=1", "--set", "rank=2", "--set", "batch_size=4"]
+FAST = [
+    "--method",
+    "ce_lora",
+    "--set",
+    "layers=all",
+    "--rounds",
+    "2",
+    "--clients",
+    "3",
+    "--set",
+    "steps=1",
+    "--set",
+    "rank=2",
+    "--set",
+    "batch_size=4",
+]
 
 
 @pytest.fixture

@@ -50,7 +50,7 @@ def old(tmp_path) -> Path:
 
 def again(folder: Path) -> None:
     """The comparison that this run belongs to, called again."""
-    member = compare.Member(folder.name, config.load(None, ["method=fedit"]))
+    member = compare.Member(folder.name, config.load(None, ["method=fedit"]), "fedit")
     (folder.parent / reading.COMPARISON).write_text("{}")
     list(compare.run(compare.Plan(folder.parent, (member,), (), "fedit")))
 
