@@ -26,7 +26,7 @@ def first_step(work: Work) -> float:
     """Seconds from the start of `fedtri run` to its first training step."""
     arguments = [
         "--data", work.data, "--model", work.model, "--method", "fedit", "--clients", str(work.clients),
-        "--set", "partition=iid", "--set", "rounds=1", "--set", "evaluate=false",
+        "--set", "partition=iid", "--set", "layers=all", "--set", "rounds=1", "--set", "evaluate=false",
         "--out", str(Path(work.folder) / "first"),
     ]  # fmt: skip
     began = time.time()

@@ -186,7 +186,7 @@ class Network:
                 subprocess.run(["sh", "-c", command], cwd=self.server, env=ENVIRONMENT, capture_output=True)
         self.runs.clear()
 
-    def finished(self, out: Path, seconds: float = 150) -> list[dict[str, Any]]:
+    def finished(self, out: Path, seconds: float = 300) -> list[dict[str, Any]]:
         """The lines of a run, once it is finished."""
         said = lambda: (out / "run.log").read_text() if (out / "run.log").exists() else self.log(self.server)  # noqa: E731
         wait_for(lambda: (out / "report.html").exists() or "the run stopped" in said(), seconds, said)

@@ -20,7 +20,7 @@ from fedtri.storage.client_store import ClientStore
 from network import CLIENTS, Network, wait_for
 from tiny import assert_same, classifier, clients_tensors, rounds, tokenizer
 
-pytestmark = [pytest.mark.network, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.network, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
@@ -65,10 +65,10 @@ def test_a_run_whose_server_is_killed_in_mid_round_ends_bit_for_bit_as_in_one_pr
     values = {"method": "ce_lora", "model": str(model), "layers": "last:2", "wire__up": "int8", "wire__down": "int4"}
     config = net.configuration(tmp_path / "run", rounds=2, **values)
     out, late = net.run(config), CLIENTS[1]
-    wait_for(lambda: len(network.lines(out)) == 1, 150, lambda: net.log(net.server))
+    wait_for(lambda: len(network.lines(out)) == 1, 240, lambda: net.log(net.server))
     seen = net.log(net.site(late)).count("Receiving: train")
     os.kill(net.worker(late), signal.SIGSTOP)
-    wait_for(lambda: net.log(net.site(late)).count("Receiving: train") > seen, 60)
+    wait_for(lambda: net.log(net.site(late)).count("Receiving: train") > seen, 120)
     net.kill("server")
     os.kill(net.worker(late), signal.SIGCONT)
     assert len(network.lines(out)) == 1
@@ -122,11 +122,11 @@ def test_a_site_killed_and_one_that_hangs_miss_a_round_and_go_on_from_their_own_
     hangs, killed = CLIENTS[1], CLIENTS[2]
     config = net.configuration(tmp_path / "run", method="ce_lora", network={"minimum": 2, "deadline": 45.0}, rounds=4)
     out = net.run(config)
-    wait_for(lambda: len(network.lines(out)) == 1, 90, lambda: net.log(net.server))
+    wait_for(lambda: len(network.lines(out)) == 1, 240, lambda: net.log(net.server))
     seen = net.log(net.site(killed)).count("Receiving: train")
     for client in (hangs, killed):
         os.kill(net.worker(client), signal.SIGSTOP)
-    wait_for(lambda: net.log(net.site(killed)).count("Receiving: train") > seen, 60)
+    wait_for(lambda: net.log(net.site(killed)).count("Receiving: train") > seen, 120)
     net.kill(killed)
     private, stranger = certificates.pair()
     misled(net, tmp_path, "key", private)

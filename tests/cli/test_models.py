@@ -55,6 +55,7 @@ def test_the_embedded_model_and_data_from_run_to_merged_export(command, tmp_path
 
     out = tmp_path / "run"
     small = ["--rounds", 1, "--clients", 3, "--set", "steps=2", "--set", "data_options.limit=300"]
+    small += ["--method", "ce_lora", "--set", "layers=all"]
     code, said, error = command("run", *small, "--out", out)
     assert (code, error) == (0, "")
     assert "round 1/1" in said
