@@ -17,7 +17,8 @@ from fedtri.federation.head_start import STRENGTHS, fit, fitted
 from fedtri.runs import lifecycle
 from fedtri.storage.client_store import beside
 from fedtri.tasks.responses import IGNORED
-from tiny import DIGITS, assert_same, rounds
+from tiny import assert_same, rounds
+from tiny_images import DIGITS
 
 FIT = {"method": "fedit", "head": "personal", "head_start": "fit"}
 
