@@ -9,6 +9,8 @@ from typing import Any, Literal
 Phase = Literal["basis", "sketch", "train", "evaluate"]
 """What the server can ask of a client. The order of PHASES is their code on the wire."""
 PHASES: tuple[Phase, ...] = ("basis", "sketch", "train", "evaluate")
+ONCE: tuple[Phase, ...] = ("basis", "sketch")
+"""The phases in which a client answers once in a run. It is sent no tensors, and its bytes are counted apart."""
 STAGES = ("basis", "sketch", "train", "aggregate", "evaluate")
 """The parts of a round whose seconds are counted, in order."""
 

@@ -3,6 +3,7 @@
 import hashlib
 import math
 import struct
+from dataclasses import replace
 
 import pytest
 import torch
@@ -53,8 +54,8 @@ def test_no_tensor_at_all_is_a_header():
 def test_what_is_decoded_is_what_was_encoded(kinds, dtype):
     """In the wire's precision; half precision comes back as float32."""
     precision = getattr(torch, dtype)
-    sent = message(kinds)
-    got = framing.decode(framing.encode(sent, LAYOUT, dtype), LAYOUT, SHAPES)
+    sent = message(kinds, ways=dict.fromkeys(factors(kinds), framing.Way(dtype)))
+    got = framing.decode(framing.encode(sent, LAYOUT), LAYOUT, SHAPES)
     assert_same(got.factors, {key: value.to(precision).to(torch.promote_types(precision, torch.float32))
                               for key, value in sent.factors.items()})  # fmt: skip
     assert (got.phase, got.round, got.num_examples, got.metrics, got.sketch) == (
@@ -258,7 +259,7 @@ def test_int8_is_right_to_half_a_step_of_each_tensor():
     sent = message("ABH", sketch=b"")
     small = Key("layers.0.up", "A")
     sent.factors[small].mul_(1e-3)  # pyright: ignore
-    data = framing.encode(sent, LAYOUT, "int8")
+    data = framing.encode(replace(sent, ways=dict.fromkeys(sent.factors, framing.Way("int8"))), LAYOUT)
     got = framing.decode(data, LAYOUT, SHAPES).factors
     for key, value in sent.factors.items():
         assert float((got[key] - value).abs().max()) <= float(value.abs().max()) / 127 / 2 * 1.001
@@ -268,7 +269,8 @@ def test_int8_is_right_to_half_a_step_of_each_tensor():
 
 def test_int8_of_what_is_not_finite_is_read_as_nan():
     key = Key("layers.0.up", "A")
-    data = framing.encode(framing.Message("train", 0, {key: torch.full((2, 6), math.inf)}), LAYOUT, "int8")
+    sent = framing.Message("train", 0, {key: torch.full((2, 6), math.inf)}, ways={key: framing.Way("int8")})
+    data = framing.encode(sent, LAYOUT)
     got = framing.decode(data, LAYOUT, SHAPES).factors
     assert got[key].isnan().all()
     with pytest.raises(FedtriError, match="norm nan"):

@@ -23,14 +23,14 @@ OVERHEAD = 1 << 17
 FOREVER = settings(max_examples=2600, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 
 
-def message(kinds: str, seed: int = 0) -> framing.Message:
+def message(kinds: str, seed: int = 0, numbers: str = "float32") -> framing.Message:
     drawn = torch.Generator().manual_seed(seed)
     up = {key: torch.randn(SHAPES[key], generator=drawn) for key in LAYOUT.keys(frozenset(kinds))}
-    ways = {Key("two", "A"): framing.Way("sign", delta=True)}
+    ways = {**dict.fromkeys(up, framing.Way(numbers)), Key("two", "A"): framing.Way("sign", delta=True)}
     return framing.Message("train", 3, up, 17, {"train_loss": 0.5, "accuracy": 0.25}, b"sketch" * 5, ways)
 
 
-SOURCES = [framing.encode(message(kinds, i), LAYOUT, dtype, SEAL) for i, (kinds, dtype) in enumerate(
+SOURCES = [framing.encode(message(kinds, i, name), LAYOUT, SEAL) for i, (kinds, name) in enumerate(
     [("C", "float32"), ("ABH", "float32"), ("ABC", "int8"), ("AB", "float16"), ("", "float32"), ("BH", "int4"),
      ("ACB", "sign")]
 )]  # fmt: skip

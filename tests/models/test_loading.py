@@ -18,21 +18,20 @@ from fedtri.adapters.layout import Key
 from fedtri.errors import FedtriError
 from fedtri.models.loading import EMBEDDED, find_targets, head_layers, initial_head, locate
 from tiny import DECODERS, SIZES, classifier
+from tiny_images import PATCHES, SHAPE
 
-WIDTHS = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
-IMAGE = {**WIDTHS, "image_size": 8, "patch_size": 4}
-TEXT = {**WIDTHS, "vocab_size": 30, "max_position_embeddings": 12}
+TEXT = {**SHAPE, "vocab_size": 30, "max_position_embeddings": 12}
 
 
 def clip() -> nn.Module:
-    return CLIPModel(CLIPConfig(text_config=TEXT, vision_config=IMAGE, projection_dim=8))
+    return CLIPModel(CLIPConfig(text_config=TEXT, vision_config=PATCHES, projection_dim=8))
 
 
 BUILT = {
     "clip": clip,
     "clip_text_model": lambda: CLIPTextModel(CLIPTextConfig(**TEXT)),
-    "clip_vision_model": lambda: CLIPVisionModel(CLIPVisionConfig(**IMAGE)),
-    "vit": lambda: ViTForImageClassification(ViTConfig(**IMAGE, num_labels=3)),
+    "clip_vision_model": lambda: CLIPVisionModel(CLIPVisionConfig(**PATCHES)),
+    "vit": lambda: ViTForImageClassification(ViTConfig(**PATCHES, num_labels=3)),
 }
 AUTO = {
     "bert": {"query", "value"},

@@ -7,7 +7,7 @@ import typer
 from rich import box
 from rich.table import Table
 
-from fedtri.cli.shared import Baseline, ConfigFile, Folder, Settings, console, listed, prepare, say, wide
+from fedtri.cli.shared import Baseline, ConfigFile, Folder, Settings, console, file_or_demo, listed, prepare, say, wide
 from fedtri.errors import FedtriError
 
 if TYPE_CHECKING:
@@ -42,9 +42,9 @@ def compare(
     from fedtri.runs import compare as comparison
 
     planned = comparison.plan(
-        config, listed(methods), seeds=[_whole(seed) for seed in listed(seeds or "")], settings=settings,
-        grid=dict(map(comparison.parse_grid, grid)), out=out, baseline=baseline,
-        footing=equal, tune=tune, tune_rounds=tune_rounds,
+        file_or_demo(config, settings), listed(methods), settings=settings,
+        seeds=[_whole(seed) for seed in listed(seeds or "")], grid=dict(map(comparison.parse_grid, grid)), out=out,
+        baseline=baseline, footing=equal, tune=tune, tune_rounds=tune_rounds,
     )  # fmt: skip
     try:
         _follow(comparison.run(planned))

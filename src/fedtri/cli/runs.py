@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from fedtri.cli.shared import DEMO, ConfigFile, Folder, Settings, console, prepare, say
+from fedtri.cli.shared import ConfigFile, Folder, Settings, console, file_or_demo, prepare, say
 
 if TYPE_CHECKING:
     from fedtri.config import Config
@@ -35,7 +35,7 @@ def run(
 
     where = None if out is None else str(out)
     loaded = configuration.load(
-        config or (DEMO if data is None else None), settings, method=method, data=data, model=model, clients=clients,
+        file_or_demo(config, settings, data), settings, method=method, data=data, model=model, clients=clients,
         rounds=rounds, out=where, transport=transport,
     )  # fmt: skip
     prepare()
@@ -62,7 +62,7 @@ def start(
     """Score the untrained model of every client on its own test examples."""
     from fedtri import config as configuration
 
-    loaded = configuration.load(config or DEMO, settings)
+    loaded = configuration.load(file_or_demo(config, settings), settings)
     prepare()
     from fedtri.runs import lifecycle
 

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -17,7 +18,9 @@ console = Console()
 
 ConfigFile = Annotated[
     Path | None,
-    typer.Argument(metavar="[CONFIG.toml]", help="Without one: the demo's settings; with --data the defaults."),
+    typer.Argument(
+        metavar="[CONFIG.toml]", help="Without one: the demo's settings, or the defaults where data are named."
+    ),
 ]
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A run directory.")]
 Client = Annotated[str, typer.Option(help="The client's id, as in adapters/.")]
@@ -33,6 +36,15 @@ Settings = Annotated[
 def say(text: str) -> None:
     """Print one line as it is: no markup, no colours, no wrapping, so that it can be copied."""
     console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+
+def file_or_demo(config: Path | None, settings: Sequence[str], data: str | None = None) -> Path | None:
+    """The configuration file that is given, or else the demo's; None, the defaults, where other data are named.
+
+    The demo's file also says how many of its texts are dealt, which would cut other data short.
+    """
+    named = data is not None or any(setting.partition("=")[0].strip() == "data" for setting in settings)
+    return config or (None if named else DEMO)
 
 
 def fail(text: str, code: int = 2) -> NoReturn:

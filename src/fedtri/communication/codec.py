@@ -19,14 +19,12 @@ from fedtri.errors import FedtriError
 from fedtri.federation.server import Expectation, refuse
 from fedtri.messages import Held, Reply, Request
 from fedtri.method import Plan
-from fedtri.metrics import Phase
+from fedtri.metrics import ONCE
 from fedtri.similarity import sketches
 from fedtri.storage.client_store import ClientStore
 
 HALF = 65504.0
 """The largest number of float16."""
-ONCE: tuple[Phase, ...] = ("basis", "sketch")
-"""The phases in which a client is sent nothing and both ends have nothing to remember."""
 GRADIENT = frozenset("AB")
 """The factors that a client sends of its first gradient, where a basis is made of these."""
 
@@ -209,7 +207,7 @@ class Codec:
         return Held({**before.factors, **self.traffic.follows(down)}, rounds)
 
     def _write(self, message: Message, client: str) -> bytes:
-        return framing.encode(message, self.expected.layout, seal=self._seal(client))
+        return framing.encode(message, self.expected.layout, self._seal(client))
 
     def _read(self, data: bytes, client: str, kinds: frozenset[str], sketch: int = 0) -> Message:
         shapes: Shapes = self.expected.shapes(client, kinds)

@@ -57,18 +57,17 @@ class Message:
     metrics: Mapping[str, float] = field(default_factory=dict)
     sketch: bytes = b""
     ways: Mapping[Key, Way] = field(default_factory=dict)
-    """How each tensor is written."""
+    """How each tensor is written; one that is left out, in float32."""
     base: bytes = NOTHING
     """Of a request: 8 bytes that stand for what its client should hold already."""
 
 
-def encode(message: Message, layout: Layout, dtype: str = "float32", seal: bytes = b"") -> bytes:
+def encode(message: Message, layout: Layout, seal: bytes = b"") -> bytes:
     """One buffer: 56 bytes of header, 12 to 16 for each run of like tensors, the metrics as JSON, the numbers.
 
     Args:
         message: What to say.
         layout: The client's tensors, which gives their order.
-        dtype: The number type of a tensor for which `message.ways` names none.
         seal: Stands for what else both ends must agree on (configuration, run, client); part of the header's digest.
 
     Raises:
@@ -80,7 +79,7 @@ def encode(message: Message, layout: Layout, dtype: str = "float32", seal: bytes
         raise FedtriError(f"wire: {key_name(min(unknown))} is not in the layout of this model")
     present = sorted(positions[key] for key in message.factors)
     runs, numbers = bytearray(), bytearray()
-    alike = [(i, tuple(message.factors[order[i]].shape), message.ways.get(order[i], Way(dtype))) for i in present]
+    alike = [(i, tuple(message.factors[order[i]].shape), message.ways.get(order[i], Way())) for i in present]
     for (_, shape, way), group in groupby(enumerate(alike), key=lambda item: (item[1][0] - item[0], *item[1][1:])):
         members = [i for _, (i, *_) in group]
         number = NUMBERS[way.numbers]

@@ -174,8 +174,10 @@ def _with_fitted_heads(
     """
     found = [dict(own) for own in start]
     new = [place for place, client in enumerate(clients) if site.store.load(beside(client, HEAD_START)) is None]
+    if not new:
+        return found
     work = [Scoring(site.model(clients[place], found[place]), site.splits[clients[place]].train) for place in new]
-    inputs = site.executor.head_inputs(work) if work else []
+    inputs = site.executor.head_inputs(work)
     import_module("sklearn.linear_model")  # once, not in each of the processes that fork off
 
     def fit(place: int, seen: HeadInputs, _: Worker) -> dict[Key, Tensor]:

@@ -10,7 +10,7 @@ from fedtri.adapters.layout import Factors, Key, Layout, only
 from fedtri.aggregation import bases, means, pairs
 from fedtri.messages import Held, Reply, Request
 from fedtri.method import Method
-from fedtri.metrics import Phase
+from fedtri.metrics import ONCE, Phase
 from fedtri.seeds import derive
 from fedtri.state import Scales, ServerState
 
@@ -52,7 +52,7 @@ def round_half_up(value: float) -> int:
 
 def requests(method: Method, state: ServerState, clients: Sequence[str], round: int, phase: Phase) -> list[Request]:
     """A request a client, carrying what changed for it since it was last sent anything."""
-    if phase in ("basis", "sketch"):
+    if phase in ONCE:
         return [Request(phase, round, client, {}) for client in clients]
     up = method.plan(round).up if phase == "train" else frozenset[str]()
     return [

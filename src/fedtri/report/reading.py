@@ -14,10 +14,10 @@ import pandas as pd
 from safetensors.numpy import load_file
 
 from fedtri.errors import FedtriError
-from fedtri.metrics import SPREADS, STAGES
+from fedtri.metrics import ONCE, SPREADS, STAGES
 from fedtri.storage import run_directory
 
-WAYS = ("up", "down", "basis", "sketch")
+WAYS = ("up", "down", *ONCE)
 EXPECTED = ("loss", "accuracy", "accuracy_local", "bytes", "seconds")
 
 COMPARISON = "compare.json"

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from fedtri import atomic, methods
 from fedtri import config as configuration
@@ -110,12 +110,10 @@ def plan(
             point = dict(zip(grid, values, strict=True))
             member = _member(config, name, clean[name], seed, point, settings)
             members.setdefault(member.name, member)
-    if footing is not None and footing not in get_args(footings.Footing):
-        raise FedtriError(f"--equal: expected one of {', '.join(get_args(footings.Footing))}, got {footing!r}")
-    specs, found = footings.Specs(), list(members.values())
-    if footing is not None:
+    specs, found, even = footings.Specs(), list(members.values()), None if footing is None else footings.read(footing)
+    if even is not None:
         first = next(m for m in found if m.config.method == methods.absolute(baseline or names[0]))
-        sized = footings.equal([m.config for m in found], first.config, footing, specs)  # pyright: ignore[reportArgumentType]
+        sized = footings.equal([m.config for m in found], first.config, even, specs)
         found = [replace(member, config=own) for member, own in zip(found, sized, strict=True)]
     rounds = (tune_rounds or max(1, found[0].config.rounds // 2)) if tune else None
     for member in found:
@@ -123,8 +121,8 @@ def plan(
             specs.of(member.config if rounds is None else footings.trial(member.config, 1.0, rounds))
         except FedtriError as error:
             raise FedtriError(f"{member.name}: {error}") from None
-    folder = out or Path("runs") / f"compare-{config.stem if config else 'demo'}"
-    return Plan(folder, tuple(found), tuple(grid), clean[baseline or names[0]], footing, rounds)  # pyright: ignore
+    folder = out or Path("runs") / f"compare-{config.stem if config else 'defaults'}"
+    return Plan(folder, tuple(found), tuple(grid), clean[baseline or names[0]], even, rounds)
 
 
 def parse_grid(text: str) -> tuple[str, list[Any]]:

@@ -10,7 +10,7 @@ and takes the multiple with the smallest mean validation loss. No test example i
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from fedtri.config import Config
 from fedtri.errors import FedtriError
@@ -21,6 +21,14 @@ from fedtri.runs.spec import Spec, method_of, spec_of, task_of
 Footing = Literal["rank", "parameters", "bytes"]
 FACTORS = (0.3, 1.0, 3.0)
 """The multiples of a method's own learning rates that tuning tries."""
+
+
+def read(text: str) -> Footing:
+    """The footing of this name. Raises FedtriError for another."""
+    for name in get_args(Footing):
+        if name == text:
+            return name
+    raise FedtriError(f"--equal: expected one of {', '.join(get_args(Footing))}, got {text!r}")
 
 
 @dataclass

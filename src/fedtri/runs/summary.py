@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedtri.config import Config
-from fedtri.metrics import ACCURACY, LOSS, STAGES, spread
+from fedtri.metrics import ACCURACY, LOSS, ONCE, STAGES, spread
 
 
 def summary(
@@ -65,7 +65,7 @@ def _bytes(lines: Sequence[Mapping[str, Any]], payload: int, numbers: int) -> di
     # A client that was not drawn may still be scored, and is then sent all that it missed: no typical round.
     ups = [n for line in lines for n in line["bytes"]["up"].values()]
     downs = [n for line in lines for c, n in line["bytes"]["down"].items() if c in line["clients"]]
-    bases, sketches = ([n for line in lines for n in line["bytes"].get(w, {}).values()] for w in ("basis", "sketch"))
+    bases, sketches = ([n for line in lines for n in line["bytes"].get(w, {}).values()] for w in ONCE)
     return {
         "up_per_client_round": round(sum(ups) / max(len(ups), 1)),
         "down_per_client_round": round(sum(downs) / max(len(downs), 1)),

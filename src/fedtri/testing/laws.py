@@ -17,6 +17,7 @@ from fedtri.communication.in_process import LocalTransport
 from fedtri.federation import client, loop, server
 from fedtri.messages import Answer, Failure, Request
 from fedtri.method import Method
+from fedtri.metrics import ONCE
 from fedtri.models import peft
 from fedtri.models.loading import Weights
 from fedtri.runs.simulation import Federation
@@ -114,7 +115,7 @@ def travels(world: World) -> None:
             now = plan(request.round)
             upwards = {"train": now.up, "basis": frozenset("AB")}.get(request.phase, frozenset())
             assert set(answer.reply.up) == set(layout.keys(upwards)), request.phase
-            downwards = layout.keys(now.down if request.phase in ("train", "evaluate") else frozenset())
+            downwards = layout.keys(frozenset() if request.phase in ONCE else now.down)
             assert set(request.down) <= set(downwards), request.phase
         heard.exchanged.clear()
         heard.encoded = 0
