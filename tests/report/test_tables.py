@@ -90,3 +90,31 @@ def test_the_verdict_never_leaves_a_difference_bare(tmp_path):
     assert said.startswith("CE-LoRA has the highest mean accuracy")
     assert "against Local only, 95 % interval" in said
     assert "over 3 seeds" in said
+
+
+def test_bytes_are_those_of_the_whole_run_and_of_both_ways(tmp_path):
+    """Seen to fail with the least as the measure, and with bytes of one way."""
+    cheap, dear = runs(tmp_path, ["local", "fedit"], [0])
+    groups = tables.grouped([cheap, dear])
+    ratio = dear.total_bytes / cheap.total_bytes
+    assert ratio > 2
+    assert tables.dearest(groups) is groups[1]
+    assert tables.readable(groups)["fewer"].tolist() == [f"{ratio:,.0f} times", "–"]
+    assert groups[1].mean("bytes_per_client") == dear.total_bytes / 4
+    assert tables.dearest(groups[:1]) is None
+
+
+def test_half_of_the_interval_of_the_mean_is_students(tmp_path):
+    (group,) = tables.grouped(runs(tmp_path, ["local"], [0, 1, 2]))
+    means = list(group.over_seeds("mean").values())
+    low, high = stats.t.interval(0.95, 2, np.mean(means), stats.sem(means))
+    assert group.half_interval() == pytest.approx((high - low) / 2)
+
+
+def test_settings_in_which_only_methods_differ_are_said_once(tmp_path):
+    """They name no grid point. Seen to fail with each such method called by its settings."""
+    found = runs(tmp_path, ["local"], [0], rank=8) + runs(tmp_path, ["fedit"], [0], rank=4)
+    groups = tables.grouped(found)
+    assert [group.label for group in groups] == ["Local only", "FedIT"]
+    assert "FedIT has settings of its own: rank = 4." in tables.caption(groups)
+    assert tables.own_settings(groups[:1]) == ""
