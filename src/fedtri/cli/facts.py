@@ -8,7 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from fedtri.cli.shared import console, prepare, say, wide
+from fedtri.cli.shared import console, prepare, print_whole, say
 
 
 def methods() -> None:
@@ -82,7 +82,7 @@ def cost(
         counts = (one.up, one.down, one.up_bytes, one.down_bytes, one.once_bytes, one.total_bytes)
         share = (one.up + one.down) / whole
         table.add_row(one.method, *(f"{value:,.0f}" for value in counts), f"{share:.3%}")
-    wide().print(table)
+    print_whole(table)
     say(f"per client and round; once: a basis, both ways; all bytes: {clients} clients, {rounds} rounds, tensors alone")
     if out is not None:
         costing.write(out, found)

@@ -8,7 +8,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from fedtri.cli.shared import Client, Folder, console, listed, prepare, say, wide
+from fedtri.cli.shared import Client, Folder, console, listed, prepare, print_whole, say
 from fedtri.errors import FedtriError
 
 
@@ -62,7 +62,7 @@ def evaluate(
     table = Table("task" if tasks else "client", *names, title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for row, scores in found.items():
         table.add_row(row, *(f"{scores[name]:.4f}" if name in scores else "–" for name in names))
-    wide().print(table)
+    print_whole(table)
 
 
 def predict(

@@ -7,7 +7,18 @@ import typer
 from rich import box
 from rich.table import Table
 
-from fedtri.cli.shared import Baseline, ConfigFile, Folder, Settings, console, file_or_demo, listed, prepare, say, wide
+from fedtri.cli.shared import (
+    Baseline,
+    ConfigFile,
+    Folder,
+    Settings,
+    console,
+    file_or_demo,
+    listed,
+    prepare,
+    print_whole,
+    say,
+)
 from fedtri.errors import FedtriError
 
 if TYPE_CHECKING:
@@ -114,7 +125,7 @@ def _print_table(table: "DataFrame") -> None:
         shown.add_column(str(heading), justify="right" if place else "left", no_wrap=True)
     for row in table.to_numpy().tolist():
         shown.add_row(*row)
-    wide().print(shown)
+    print_whole(shown)
 
 
 def _whole(text: str) -> int:

@@ -8,12 +8,11 @@ from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
 from fedtri.cli import quiet
 
 DEMO = Path(__file__).parents[1] / "config" / "demo.toml"
-NARROWEST = 96
-"""Columns that a wide table needs; in a narrower terminal its lines wrap, but no word is cut."""
 console = Console()
 
 ConfigFile = Annotated[
@@ -53,9 +52,10 @@ def fail(text: str, code: int = 2) -> NoReturn:
     raise SystemExit(code)
 
 
-def wide() -> Console:
-    """A console wide enough for tables that would lose words in 80 columns."""
-    return Console(width=max(console.width, NARROWEST))
+def print_whole(table: Table) -> None:
+    """Print a table with no word cut; in a terminal that is narrower its lines wrap."""
+    widest = Console(width=sys.maxsize).measure(table).maximum
+    Console(width=max(console.width, widest)).print(table)
 
 
 def listed(text: str) -> list[str]:
