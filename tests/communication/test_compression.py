@@ -70,7 +70,7 @@ class Ends:
 
     @property
     def memory(self) -> memory.Memory:
-        return memory.recall(self.store, "a", memory.digest(self.held), follows=True)
+        return memory.recall(self.store, "a", memory.base_of(self.held), follows=True)
 
 
 def small(seed: int, kinds: str = "AB") -> Factors:
@@ -201,7 +201,7 @@ def test_what_neither_end_can_derive_goes_whole_at_first(tmp_path):
     request = Request("train", 2, "a", drawn(21, "ABH"), ends.held)
     said = ends.codec.open_request(ends.codec.write_request(request), "a")
     assert set(said.ways.values()) == {Way("sign", True)}
-    assert said.base == memory.digest(ends.held) != NOTHING
+    assert said.base == memory.base_of(ends.held) != NOTHING
 
 
 def test_what_only_goes_up_is_sent_whole_and_leaves_nothing(tmp_path):

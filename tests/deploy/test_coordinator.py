@@ -17,8 +17,10 @@ from fedtri.adapters.layout import Factors, Key
 from fedtri.communication import framing
 from fedtri.communication.flower_calls import BODY, FAILED, Called
 from fedtri.deploy import coordinator, site
+from fedtri.deploy.journal import Journal
 from fedtri.errors import FedtriError
 from fedtri.messages import Request
+from fedtri.testing.compare import assert_same
 
 BAD = "b"
 NUMBERS = struct.calcsize("<2sBBI8s8sIII")
@@ -189,6 +191,31 @@ def test_clients_join_and_leave_between_rounds(lab, tmp_path):
     assert not received["a", 0]
     assert received["d", 1]
     assert all(not torch.equal(core, torch.eye(3)) for core in received["d", 1].values())
+
+
+@pytest.mark.parametrize("number", ["float32", "int4"])
+def test_who_answers_too_late_is_as_one_that_was_away(number, lab, tmp_path):
+    """b trains in the second round, but nobody hears of it. Seen to fail with what b then kept of that round."""
+    kept = {}
+    for how in ("late", "away"):
+        sites = Sites(tmp_path / how, lab)
+        grid = Grid(sites)
+
+        def late(call: Called, opened: site.Opened, record: Record) -> list[Record]:
+            return [] if framing.phase_and_round(call.data) == ("train", 1) else [record]
+
+        def leaves(call: Called, opened: site.Opened, record: Record, grid: Grid = grid) -> list[Record]:
+            phase, round = framing.phase_and_round(call.data)
+            if phase == "train":
+                grid.offline = {BAD} if round == 0 else set()
+            return [record]
+
+        grid.scripts = {BAD: late} if how == "late" else {"d": leaves}
+        values = {"rounds": 3, "wire": {"up": number, "down": number}, "network": {"retries": 0}}
+        coordinator.lead(sites.configure(method="ce_lora", steps=2, **values), grid, {})
+        folders = {client: next((tmp_path / how / client / "state" / "runs").iterdir()) for client in CLIENTS}
+        kept[how] = {client: Journal(folder).newest().load(client) for client, folder in folders.items()}
+    assert_same(kept["late"], kept["away"])
 
 
 def test_a_client_that_failed_is_asked_again(lab, tmp_path):

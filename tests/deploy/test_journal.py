@@ -13,7 +13,7 @@ KEY = Key("one", "A")
 
 def number(journal: Journal, when) -> float:
     """What the client held before this moment; -1 where it held nothing."""
-    held = journal.before(when).load("a")
+    held = journal.before(when, when[0]).load("a")
     return -1.0 if held is None else float(held[KEY])
 
 
@@ -24,7 +24,7 @@ def played(folder, rounds: int) -> float:
     for phase, round in [*steps, ("train", rounds)]:
         when = moment(phase, round)
         journal = Journal(folder)
-        store = journal.before(when)
+        store = journal.before(when, when[0])
         count += 1
         store.save("a", {KEY: torch.tensor(count)}, f"{count:03.0f}")
         journal.commit(when, store)
@@ -46,19 +46,35 @@ def test_the_site_goes_back_to_any_round_that_the_server_can_resume_with(back, t
 def test_a_round_before_those_is_refused_with_what_to_do(tmp_path):
     played(tmp_path, 5)
     with pytest.raises(FedtriError, match=r"round 2 is asked for, but states are kept from round \d on; the server"):
-        Journal(tmp_path).before(moment("train", 1))
+        Journal(tmp_path).before(moment("train", 1), 1)
 
 
 def test_what_came_after_is_forgotten_and_its_files_with_it(tmp_path):
     last = played(tmp_path, 3)
     when = moment("train", 3)
     journal = Journal(tmp_path)
-    store = journal.before(when)
+    store = journal.before(when, when[0])
     assert max(journal.states) < when
     store.save("a", {KEY: torch.tensor(last)}, "again")
     journal.commit(when, store)
     kept = {saved.file for files in journal.states.values() for saved in files.values()}
     assert {f"a/{path.name}" for path in (tmp_path / "a").iterdir()} == kept
+
+
+def test_training_that_the_server_did_not_use_has_not_been(tmp_path):
+    """Rounds 1 and 2 were used; the answer of round 3 came too late, so round 4 starts from round 2's delivery.
+
+    Seen to fail with the newest state before round 4.
+    """
+    played(tmp_path, 2)  # saves 1 to 5; the last is round 3's training
+    journal = Journal(tmp_path)
+    assert float(journal.before(moment("train", 3), 2).load("a")[KEY]) == 4
+    assert max(Journal(tmp_path).states) == moment("evaluate", 2)
+
+
+def test_who_is_sent_everything_anew_keeps_what_it_has_where_its_beginning_is_gone(tmp_path):
+    last = played(tmp_path, 5)
+    assert float(Journal(tmp_path).before(moment("evaluate", 6), 0).load("a")[KEY]) == last
 
 
 def test_a_first_request_finds_nothing(tmp_path):

@@ -126,7 +126,7 @@ class Codec:
             has = self._has(client, after)
             ways = self.traffic.ways(sent, self.types.up, has)
             sent = differences(sent, ways, has)
-            lost = memory.recall(store, client, memory.digest(request.base), follows=True).lost
+            lost = memory.recall(store, client, memory.base_of(request.base), follows=True).lost
             fed, lost = with_feedback(self.traffic.follows(sent), lost, ways)
             sent = {**sent, **fed}
             tag = f"{reply.round + 1:05}-trained" if phase == "train" else f"{reply.round:05}-received"
@@ -191,7 +191,7 @@ class Codec:
         has = self._has(request.client, request.base)
         ways = self.traffic.ways(request.down, self.types.down, has)
         sent = differences(request.down, ways, has)
-        base = memory.digest(request.base)
+        base = memory.base_of(request.base)
         return Message(request.phase, request.round, sent, ways=ways, base=base)
 
     def _has(self, client: str, held: Held | None) -> Factors:

@@ -24,7 +24,7 @@ from fedtri.metrics import PHASES, Phase
 MAGIC, VERSION = b"FT", 1
 HEADER = struct.Struct(
     "<2sBBI8s8sIIIQ8s"
-)  # magic, version, phase, round, layout digest, base digest, examples, meta, sketch, numbers, digest of it all
+)  # magic, version, phase, round, layout digest, base, examples, meta, sketch, numbers, digest of it all
 RUN = struct.Struct("<IHBB")
 """Of tensors that follow each other in the layout and are alike: first, how many, way, dimensions; then the shape."""
 LONGEST = 2**16 - 1
@@ -32,7 +32,7 @@ LONGEST = 2**16 - 1
 DELTA = 0x80
 """In a run's way: the numbers are a difference. The other bits are the number type's code."""
 NOTHING = bytes(8)
-"""The digest of a client that is sent all it needs."""
+"""The base of a client that is sent all it needs."""
 Shapes = Mapping[Key, tuple[int, ...]]
 MOST_META = 4096
 """The most bytes that a message's metrics may take, since a parser's memory is many times its input."""

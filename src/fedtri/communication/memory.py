@@ -1,6 +1,6 @@
 """What a client remembers of the wire on its own disk: what it has of the server, and what its replies have lost.
 
-A request says by a digest on what it builds. The client keeps what it remembered before and after its last message: the
+A request says on what it builds. The client keeps what it remembered before and after its last message: the
 server goes on from the earlier one where the answer never reached it. Where neither is meant, the client says that
 it is behind, and is sent all that it needs.
 """
@@ -22,6 +22,8 @@ AFTER, BEFORE = "wire", "wire-before"
 """Beside a client's own tensors: what it remembers after its last message, and what it remembered before."""
 ROUNDS = Key("rounds", "n")
 HELD, LOST = "held.", "lost."
+USED = 3
+"""Of the bytes that stand for what a client has, those of the last round that was used."""
 
 
 class BehindError(FedtriError):
@@ -37,15 +39,20 @@ class Memory:
     """What rounding its replies has lost so far."""
 
 
-def digest(held: Held | None) -> bytes:
-    """8 bytes that stand for what a client has; NOTHING where it has nothing."""
+def base_of(held: Held | None) -> bytes:
+    """8 bytes that stand for what a client has: 3 of its last round that was used, 5 of a digest; NOTHING for None."""
     if held is None:
         return NOTHING
-    found = hashlib.blake2b(str(held.rounds).encode(), digest_size=8)
+    found = hashlib.blake2b(digest_size=8 - USED)
     for key in sorted(held.factors):
         found.update(repr(key).encode())
         found.update(held.factors[key].contiguous().numpy().tobytes())
-    return found.digest()
+    return held.rounds.to_bytes(USED) + found.digest()
+
+
+def rounds_used(base: bytes) -> int:
+    """The last round, counted from 1, of which the server used this client's reply; 0: none."""
+    return int.from_bytes(base[:USED])
 
 
 def recall(store: ClientStore, client: str, base: bytes, *, follows: bool) -> Memory:
@@ -54,7 +61,7 @@ def recall(store: ClientStore, client: str, base: bytes, *, follows: bool) -> Me
     Args:
         store: The client's files.
         client: Its name.
-        base: The digest in the request.
+        base: The request's `base`.
         follows: Whether the wire sends differences; elsewhere nothing but the client's own tensors is needed.
 
     Raises:
@@ -68,7 +75,7 @@ def recall(store: ClientStore, client: str, base: bytes, *, follows: bool) -> Me
         return Memory()
     for name in (after, before) if follows else ():
         found = _unpacked(store.load(name) or {})
-        if digest(found.held) == base:
+        if base_of(found.held) == base:
             store.point(after, name)
             return found
     raise BehindError(f"{client}: what the server sent before is not on this disk; the server sends it anew")

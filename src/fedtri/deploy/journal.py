@@ -1,7 +1,8 @@
 """Which of a site's files were current after each phase of a run, so that a round can be repeated exactly.
 
 A server that was killed resumes at its last checkpoint and asks for a round that the site has done already. The site
-then goes back to its own state before that round. It keeps as many rounds as the server keeps checkpoints.
+then goes back to its own state before that round. It does so, too, where the server never used its answer, such as one
+that came after the deadline: that round has not been. It keeps as many rounds as the server keeps checkpoints.
 """
 
 import json
@@ -34,12 +35,21 @@ class Journal:
         if self.path.exists():
             self.states = _read(self.path)
 
-    def before(self, when: Moment) -> ClientStore:
-        """The client's files as they were before this moment; what came later is forgotten.
+    def before(self, when: Moment, used: int) -> ClientStore:
+        """The client's files as they were before this moment; what came later, or was of no use, is forgotten.
 
-        Raises FedtriError where the round lies further back than is kept.
+        Args:
+            when: The moment at which the phase that is asked for ends.
+            used: The last round, counted from 1, of which the server used the client's training; 0: none.
+
+        Raises:
+            FedtriError: Where the round lies further back than is kept.
         """
-        earlier = [one for one in self.states if one < when]
+        there = [one for one in self.states if one < when]
+        # a client that is sent everything anew, and whose beginning is not kept any more, goes on with what it has
+        known = used > 0 or NOTHING in there
+        unused = min((one for one in there if known and one[0] > used and one[1] == 0), default=when)
+        earlier = [one for one in there if one < unused]
         if not earlier:
             raise FedtriError(
                 f"{self.path}: round {when[0]} is asked for, but states are kept from round {min(self.states)[0] + 1} "

@@ -13,9 +13,8 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError
 
 from fedtri import atomic
-from fedtri.communication.codec import ONCE
 from fedtri.communication.flower_calls import BEHIND, Called, SiteError
-from fedtri.communication.memory import BehindError
+from fedtri.communication.memory import BehindError, rounds_used
 from fedtri.config import ClientName, Columns, Config, Strict
 from fedtri.config.strict import complaint
 from fedtri.deploy import examples
@@ -25,6 +24,7 @@ from fedtri.errors import FedtriError
 from fedtri.federation import client
 from fedtri.messages import Reply, Request
 from fedtri.methods import networked
+from fedtri.metrics import ONCE
 from fedtri.runs.opening import Data, Machine, open_model, open_site
 from fedtri.runs.spec import Spec, method_of
 from fedtri.similarity import sketches
@@ -137,7 +137,7 @@ def respond(opened: Opened, call: Called) -> bytes:
         said = codec.open_request(call.data, name)
         journal = Journal(Path(opened.node.state) / "runs" / call.run.hex())
         when = moment(said.phase, said.round)
-        store = opened.site.store if said.phase in ONCE else journal.before(when)
+        store = opened.site.store if said.phase in ONCE else journal.before(when, rounds_used(said.base))
         try:
             request = codec.read_request(said, name, store)
         except BehindError as behind:
